@@ -38,6 +38,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     # Heavy imports are deferred, so that --help and errors in the overrides are fast.
     import torch
 
+    from fusion.analysis.cross_fitting import source_sampling
     from fusion.analysis.initialization import initialize
     from fusion.analysis.unseen import check_unseen
     from fusion.model.adapted import AdaptedModel
@@ -59,9 +60,13 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     check_unseen([*inputs.sources, inputs.fusion, earlier], config.task, config.data)
     rows = load_task_rows(config.task_list, config.data, config.loss, backbone)
     validation = next(iter(rows.validation.values()))
+    folds = {
+        n: load_sources([one.name for one in each], Path(config.store), backbone) for n, each in inputs.folds.items()
+    }
+    sampling = source_sampling(config, inputs)
     init = initialize(config, sources, backbone, rows.training[0], validation, output.checkpoints)
     torch.manual_seed(config.seed)
-    slot_modules = build_composition(init.composition, sources, backbone, init.chosen)
+    slot_modules = build_composition(init.composition, sources, backbone, init.chosen, config.task.name, folds)
     head = init.new_head(config, backbone)
     reads = sources[0].manifest.placement["adapter.reads"]
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
@@ -72,6 +77,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
         loss_weights=init.composition.loss_weights(),
         label_smoothing=config.loss.label_smoothing,
         robust_drop=init.composition.drop == "robust",
+        sampling=sampling,
     )
     parts, used = {"composition": init.stored}, [source.manifest for source in sources]
     tag = config.composition.name

@@ -64,7 +64,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "workers": {"workers": 2},
     "lora": {"method": MethodConfig("lora", dropout=0.1)},
     "several": {"tasks": ("films", "books")},
-    "fusion": {"sources": ["plays"], "composition": CompositionConfig(dropout=0.1)},
+    "fusion": {
+        "sources": ["plays", "books"],
+        "composition": CompositionConfig(dropout=0.1, source_dropout=0.5, prior="uniform", prior_penalty=0.1),
+    },
 }
 
 
@@ -165,6 +168,7 @@ def interruptions_without_difference(bench: Bench, kind: str, cuts: list[tuple[s
     """Interrupt a run at each place, resume it and compare; returns how many places the run has."""
     if "sources" in KINDS[kind]:
         bench.stage1("plays")
+        bench.stage1("books")
     expected = train(bench, kind, "whole")
     weights = stored(bench.folder / "whole" / "x")
     happened = 0

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fusion.config.data import DataConfig, LimitConfig
+from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.data.rows import load_rows
 from fusion.data.splits import drawn_from_train
 from fusion.errors import UserError
-from fusion.store.compatibility import split_of
+from fusion.store.compatibility import limit_of, split_of
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -29,14 +29,16 @@ def check_unseen(
     trained = [one for one in manifests if one and task.name in one.task_names]
     if not trained or not drawn_from_train(task, data, split):
         return
-    fingerprints: dict[int | None, str] = {}  # by `data.limit.train`
+    fingerprints: dict[str, str] = {}  # by the settings that select training examples
     for manifest in trained:
-        limit = manifest.run.config.get("data.limit.train")
-        if limit not in fingerprints:
-            rows = load_rows(task, replace(data, limit=LimitConfig(train=limit)), "train")
-            fingerprints[limit] = rows.fingerprint
+        config = manifest.run.config
+        limit, left_out = limit_of(manifest, config.get("data.limit.train")), config.get("data.leave_out")
+        selected = f"{limit} {left_out}"
+        if selected not in fingerprints:
+            rows = load_rows(task, replace(data, limit=limit, leave_out=left_out), "train")
+            fingerprints[selected] = rows.fingerprint
         key = "train" if manifest.multitask is None else f"{task.name}/train"
-        if manifest.data.fingerprints.get(key) != fingerprints[limit]:
+        if manifest.data.fingerprints.get(key) != fingerprints[selected]:
             drawn = split_of(manifest)
             fix = "The data has changed since then: restore it"
             if drawn != data.split:

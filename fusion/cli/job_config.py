@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue
 from fusion.backbones.precision import automatic_dtype
 from fusion.cli.messages import OWN_TASK, unknown_key
 from fusion.config.commands import RankConfig
+from fusion.config.data import LeaveOut
 from fusion.config.methods import METHODS
 from fusion.config.stages import Stage1Config, StageConfig
 from fusion.errors import UserError
@@ -29,7 +30,7 @@ from fusion.store.compatibility import DEBUG
 from fusion.text import override, repeated
 
 # These keys already determine the default name, so a sweep over them adds nothing.
-NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method")
+NAMED_ANYWAY = ("task", "tasks", "name", "composition", "method", "data.leave_out")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
         if typed.name is None:
             name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
             typed.name = "-".join(filter(None, (name, _swept(launch, NAMED_ANYWAY))))
+        if typed.data.leave_out is not None:
+            suffix = LeaveOut.parse(typed.data.leave_out).suffix
+            typed.name = f"{typed.name.removesuffix(suffix)}{suffix}"
         if choices.get("debug") and not typed.name.endswith(DEBUG):
             typed.name = f"{typed.name}{DEBUG}"
         if typed.trainer.profiler and not typed.trainer.default_root_dir:

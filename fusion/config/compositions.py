@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
-from fusion.config.fields import NamedSettings, integer, layer_drop, layers, number
+from fusion.config.fields import NamedSettings, choice, default_of, integer, layer_drop, layers, number, require
 from fusion.errors import UserError
+from fusion.text import override
 
 if TYPE_CHECKING:
     from fusion.layers.bank import AdapterBank
@@ -28,12 +29,22 @@ class SlotSources:
 
     adapters: Mapping[int, BottleneckAdapter]  # by the index of their source, in ascending order
     total: int  # number of sources, including those without an adapter in this slot
+    own: tuple[int, ...] = ()  # indices of the sources that were trained on the target
+    folds: Mapping[int, Sequence[BottleneckAdapter]] = field(default_factory=dict)  # of `own`, see `AdapterBank`
 
     def bank(self) -> AdapterBank:
         """Stack the adapters."""
         from fusion.layers.bank import AdapterBank
 
-        return AdapterBank(list(self.adapters.values()), list(self.adapters), self.total)
+        if not self.folds:
+            return AdapterBank(list(self.adapters.values()), list(self.adapters), self.total)
+        entries = [
+            (source, fold, adapter)
+            for source, main in self.adapters.items()
+            for fold, adapter in enumerate([main, *self.folds.get(source, ())], -1)
+        ]
+        sources, folds, adapters = zip(*entries, strict=True)
+        return AdapterBank(adapters, sources, self.total, folds)
 
 
 def _of_bank(
@@ -45,10 +56,15 @@ def _of_bank(
     return built
 
 
-_adapterfusion, _sequence = (
-    partial(_of_bank, "attention", name, ("value_matrix", "temperature", "dropout", "rank"))
-    for name in ("AdapterFusion", "SequenceFusion")
-)
+def _attention(name: str, settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
+    layer = getattr(importlib.import_module("fusion.layers.attention"), name)
+    keys = ("value_matrix", "temperature", "dropout", "rank", "null_source")
+    options = {key: getattr(settings, key) for key in keys}
+    built: SlotModule = layer(sources.bank(), prior=settings.prior_over(sources), **options)
+    return built
+
+
+_adapterfusion, _sequence = (partial(_attention, name) for name in ("AdapterFusion", "SequenceFusion"))
 
 
 def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, uniform: bool = False) -> SlotModule:
@@ -57,7 +73,7 @@ def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, un
     bank = sources.bank()
     if shared is not None:
         return ScaLearn(bank, shared, shared=True)
-    return ScaLearn(bank, initial_scales(len(bank), 1 if uniform else bank.output_size))
+    return ScaLearn(bank, initial_scales(bank.count, 1 if uniform else bank.output_size))
 
 
 def _scales(total: int, width: int) -> Any:
@@ -108,18 +124,20 @@ class Composition:
         return self.finds == KEPT
 
 
-_ATTENTION = ("value_matrix", "temperature", "dropout", "value_penalty", "rank")
-_PENALTY = ("value_penalty",)
+_SAMPLED = ("source_dropout", "dropped", "cross_fit")  # of compositions whose sources can be inactive
+_PRIOR = ("prior", "prior_own", "prior_penalty")
+_ATTENTION = ("value_matrix", "temperature", "dropout", "value_penalty", "rank", "null_source", *_PRIOR, *_SAMPLED)
+_PENALTY = ("value_penalty", "prior_penalty")
 
 COMPOSITIONS: dict[str, Composition] = {
     "adapterfusion": Composition(_adapterfusion, _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
     "sequence": Composition(_sequence, _ATTENTION, _PENALTY),
-    "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ())),
-    MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ())),
-    "scalearn": Composition(_scalearn),
-    "scalearn_uniform": Composition(partial(_scalearn, uniform=True)),
-    "scalearn_pp": Composition(_scalearn, share=_scales),
-    "scalearn_uniform_pp": Composition(_scalearn, share=lambda total, width: _scales(total, 1)),
+    "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ()), _SAMPLED),
+    MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ()), _SAMPLED),
+    "scalearn": Composition(_scalearn, _SAMPLED),
+    "scalearn_uniform": Composition(partial(_scalearn, uniform=True), _SAMPLED),
+    "scalearn_pp": Composition(_scalearn, _SAMPLED, share=_scales),
+    "scalearn_uniform_pp": Composition(_scalearn, _SAMPLED, share=lambda total, width: _scales(total, 1)),
     "average": Composition(
         _average,
         ("train",),
@@ -135,7 +153,7 @@ COMPOSITIONS: dict[str, Composition] = {
 }
 
 # Settings that do not affect the output computed with stored weights.
-TRAINING_ONLY = ("dropout", "value_penalty", "fusion", "keep")
+TRAINING_ONLY = ("dropout", "value_penalty", "prior_penalty", *_SAMPLED, "fusion", "keep")
 
 
 @dataclass
@@ -154,6 +172,16 @@ class CompositionConfig(NamedSettings, group="composition"):
     train: bool = False  # continue training weights that are initialized from stored ones
     fusion: Optional[str] = None  # the stored fusion to prune
     keep: Optional[int] = integer(None, 1, null="none")  # number of sources per slot of a pruned fusion
+    null_source: bool = False  # add a source without an update to the attention
+    # The distribution that the attention is initialized to; `own`: towards the sources that were trained on the target.
+    prior: Optional[str] = choice(None, ("uniform", "own"), null="none")
+    prior_own: float = number(0.5, "> 0 and < 1")  # probability of these sources in the prior
+    prior_penalty: float = number(0.0, ">= 0")  # weight of KL(attention || prior)
+    # In each training batch, each source is inactive with this probability, but never all sources.
+    source_dropout: float = number(0.0, ">= 0 and < 1")
+    dropped: str = choice("all", ("all", "own"))  # the sources that `source_dropout` applies to
+    # In training, an example's own adapters are those of K folds that were not trained on the example.
+    cross_fit: Optional[int] = integer(None, 2, null="the own adapter itself")
 
     table = COMPOSITIONS
     common = ("name", "layers", "drop", "target_adapter")
@@ -163,9 +191,36 @@ class CompositionConfig(NamedSettings, group="composition"):
     def definition(self) -> Composition:
         return COMPOSITIONS[self.name]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needs = {"prior_own": self.prior == "own", "prior_penalty": self.prior is not None}
+        needs["dropped"] = self.source_dropout > 0
+        for key, holds in needs.items():
+            wanted = {
+                "prior_own": "prior=own",
+                "prior_penalty": "prior=uniform or own",
+                "dropped": "source_dropout=0.5",
+            }
+            value = getattr(self, key)
+            require(
+                holds or value == default_of(next(f for f in fields(self) if f.name == key)),
+                f"{override(f'composition.{key}', value)}: has no effect without composition.{wanted[key]}; leave it out",
+            )
+
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each term that the slot modules add to the loss, by name."""
         return {term: getattr(self, term) for term in self.definition.loss_terms}
+
+    def prior_over(self, sources: SlotSources) -> list[float] | None:
+        """Return the prior of the attention over all sources, and the null source if there is one; `None` without one."""
+        entries = sources.total + self.null_source
+        if self.prior is None:
+            return None
+        others = entries - len(sources.own)
+        if self.prior == "uniform" or not sources.own or not others:
+            return [1 / entries] * entries
+        own, other = self.prior_own / len(sources.own), (1 - self.prior_own) / others
+        return [own if n in sources.own else other for n in range(entries)]
 
     def pruning_of(self, trained: CompositionConfig) -> CompositionConfig:
         """Return the settings of a pruned fusion: those of the trained fusion, except the ones that pruning may change."""

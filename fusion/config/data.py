@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
-from fusion.config.fields import MAX_SEED, Settings, choice, integer, number, require
+from fusion.config.fields import MAX_SEED, Settings, checked, choice, integer, number, require
 from fusion.errors import UserError
 from fusion.text import override
 
@@ -17,6 +18,14 @@ class LimitConfig(Settings, group="data.limit"):
     train: Optional[int] = integer(None, 1, null="all examples")
     validation: Optional[int] = integer(None, 1, null="all examples")
     test: Optional[int] = integer(None, 1, null="all examples")
+    train_seed: Optional[int] = integer(None, 0, MAX_SEED, null="the seed of the other splits")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.train_seed is None or self.train is not None,
+            f"data.limit.train_seed={self.train_seed}: has no effect without data.limit.train=N; leave it out",
+        )
 
 
 @dataclass
@@ -47,12 +56,45 @@ class SplitConfig(Settings, group="data.split"):
         return [override(f"data.split.{key}", value) for key, value in values.items()]
 
 
+class LeaveOut(NamedTuple):
+    """A fold of the training examples, and the number of folds."""
+
+    fold: int
+    folds: int
+
+    @classmethod
+    def parse(cls, text: str) -> LeaveOut:
+        """Parse "FOLD/FOLDS", such as 0/5. Raises ValueError if it has another format."""
+        fold, folds = map(int, re.fullmatch(r"(\d{1,4})/(\d{1,4})", text).groups())  # type: ignore[union-attr]
+        if not (fold < folds and folds >= 2):
+            raise ValueError(text)
+        return cls(fold, folds)
+
+    def __str__(self) -> str:
+        return f"{self.fold}/{self.folds}"
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the name of an artifact that was trained without the fold."""
+        return f"-without-{self.fold}-of-{self.folds}"
+
+
+def _is_fold(value: Any) -> bool:
+    try:
+        return value is None or bool(LeaveOut.parse(value))
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
 @dataclass
 class DataConfig(Settings, group="data"):
     dir: Optional[str] = None  # read DIR/<task>/<split>.parquet (jsonl, …, conll) instead of the Hub
     quoting: Optional[str] = choice(None, ("csv", "none"), null="csv in CSV files, none in TSV files")
     limit: LimitConfig = field(default_factory=LimitConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    leave_out: Optional[str] = checked(  # the fold of the training examples that is not used
+        None, _is_fold, "FOLD/FOLDS such as 0/5, the first of five folds of the training examples, or null for none"
+    )
     # Tokens per text or pair, including special tokens. Null is only valid with a stored artifact, not in training.
     max_length: Optional[int] = integer(128, 4, hint=" tokens", null="the artifact's own")
     batch_size: int = integer(32, 1, hint=" example")  # per device

@@ -8,15 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fusion.config.data import DataConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion.config.data import DataConfig, LeaveOut
 from fusion.config.task import TaskConfig
 from fusion.data.formats import record_table
-from fusion.data.splits import Place, family, limited_rows, locate, part_rows
+from fusion.data.splits import Place, family, fold_of_each, limited_rows, locate, part_rows
 from fusion.data.tables import hub_table, read_split, read_table
 from fusion.errors import UserError
 from fusion.tasks.columns import Column, Table
@@ -51,13 +54,20 @@ class Rows:
             yield self
             return
         for start in range(0, len(self), size):
-            of = slice(start, start + size)
-            texts = self.texts[of]
-            choices = None if self.choices is None else self.choices[of]
-            labels = None if self.labels is None else self.labels[of]
-            words = None if self.words is None else self.words[of]
-            fingerprint = _fingerprint(texts, choices, labels, words)
-            yield replace(self, texts=texts, choices=choices, labels=labels, words=words, fingerprint=fingerprint)
+            yield self.taken(range(start, min(start + size, len(self)))).with_fingerprint()
+
+    def taken(self, rows: Sequence[int]) -> Rows:
+        """Return the examples at these indices, in this order, without the fingerprint."""
+
+        def of(values: list[Any] | None) -> Any:
+            return None if values is None else [values[row] for row in rows]
+
+        parts = {name: of(getattr(self, name)) for name in ("texts", "choices", "labels", "words")}
+        return replace(self, **parts, fingerprint="")
+
+    def with_fingerprint(self) -> Rows:
+        content = [self.texts, self.choices, self.labels, *([] if self.words is None else [self.words])]
+        return replace(self, fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest())
 
 
 def load_splits(
@@ -90,18 +100,37 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         table = hub_table(task.hub, place.part.name, f"To work without the Hub, set data.dir=DIR to read {local}")
     role = family(task, split)
     may_lack_labels = role == "test" and place.held_out is None
-    return _rows(task, table, place, may_lack_labels, limit=getattr(data.limit, role) if role else None)
+    rows = _rows(task, table, place, may_lack_labels)
+    drawn = list(range(len(rows)))
+    if place.held_out is not None:
+        drawn = place.held_out.rows(len(rows), rows.labels, table.where)
+        if place.held_out.split != "train":
+            rows = replace(rows, ignored=0)  # counted once
+    limit = getattr(data.limit, role) if role else None
+    if limit is not None and limit < len(drawn):
+        kept = limited_rows(len(drawn), limit, data.limit.train_seed if role == "train" else None)
+        drawn = [drawn[row] for row in kept]
+    if len(drawn) < len(rows):
+        rows = rows.taken(drawn)
+    if role == "train" and data.leave_out is not None:
+        left_out = LeaveOut.parse(data.leave_out)
+        rows = rows.taken(np.flatnonzero(folds_of(task, rows, left_out.folds) != left_out.fold).tolist())
+    return rows.with_fingerprint()
+
+
+def folds_of(task: TaskConfig, rows: Rows, folds: int) -> NDArray[np.int64]:
+    """Return the fold of each training example (n,), see `fold_of_each`. The folds depend on the examples only."""
+    classes = rows.labels if kind_of(task).has_classes else None
+    return fold_of_each(len(rows), folds, classes, f"task {task.name}")
 
 
 def rows_of_file(task: TaskConfig, path: Path, quoting: str | None = None) -> Rows:
     """Load examples to predict on, without labels. For `quoting`, see `read_delimited`."""
-    return _rows(task, read_table(path, quoting))
+    return _rows(task, read_table(path, quoting)).with_fingerprint()
 
 
-def _rows(
-    task: TaskConfig, table: Table, place: Place | None = None, may_lack_labels: bool = False, limit: int | None = None
-) -> Rows:
-    """Read and validate at most `limit` examples of a table; without a `place`, they have no labels."""
+def _rows(task: TaskConfig, table: Table, place: Place | None = None, may_lack_labels: bool = False) -> Rows:
+    """Read and validate the examples of a table, without the fingerprint; without a `place`, they have no labels."""
     kind = kind_of(task)
     kept = list(range(table.rows))
     if place is not None and not place.part.is_whole:
@@ -138,23 +167,7 @@ def _rows(
         labels, label_format = raw.read(kept, choices if words is None else words)
     if choices is not None and task.blank is not None:
         texts, choices = fill_blanks(task.blank, table, kept, texts, choices)
-    drawn = list(range(len(texts)))
-    if place is not None and (held_out := place.held_out) is not None:
-        drawn = held_out.rows(len(texts), labels, table.where)
-        ignored = ignored if held_out.split == "train" else 0  # counted once
-    if limit is not None and limit < len(drawn):
-        drawn = [drawn[row] for row in limited_rows(len(drawn), limit)]
-    if len(drawn) < len(texts):
-        texts = [texts[row] for row in drawn]
-        choices, labels, words = (
-            None if values is None else [values[row] for row in drawn] for values in (choices, labels, words)
-        )
-    return Rows(texts, choices, labels, ignored, _fingerprint(texts, choices, labels, words), label_format, words)
-
-
-def _fingerprint(texts: list[Any], choices: list[Any] | None, labels: list[Any] | None, words: list[Any] | None) -> str:
-    content = json.dumps([texts, choices, labels, *([] if words is None else [words])]).encode()
-    return hashlib.sha256(content).hexdigest()
+    return Rows(texts, choices, labels, ignored, "", label_format, words)
 
 
 def label_column(task: TaskConfig, table: Table, required: bool) -> Column | None:

@@ -31,6 +31,7 @@ HELD_OUT = ("validation", "test")  # splits that `data.split` can take from the 
 _LIMIT_SEED = 20_200_501
 _PART_SEED = 20_210_419
 _HOLDOUT_SEED = 20_261_128
+_FOLD_SEED = 20_261_130
 _PART = re.compile(r"(?P<name>[^\[\]]+)\[(?P<start>\d{0,2})%?:(?P<stop>\d{0,2})%?\]")
 
 
@@ -244,9 +245,29 @@ def _files(task: TaskConfig, data: DataConfig) -> dict[str, SplitFiles]:
     return split_files(folder)
 
 
-def limited_rows(count: int, limit: int) -> list[int]:
-    """Sample `limit` of `count` indices, ascending."""
-    return np.sort(np.random.RandomState(_LIMIT_SEED).permutation(count)[:limit]).tolist()
+def limited_rows(count: int, limit: int, seed: int | None = None) -> list[int]:
+    """Sample `limit` of `count` indices, ascending. For a given seed, a smaller sample is part of a larger one."""
+    drawn = np.random.RandomState(_LIMIT_SEED if seed is None else [_LIMIT_SEED, seed])
+    return np.sort(drawn.permutation(count)[:limit]).tolist()
+
+
+def fold_of_each(count: int, folds: int, classes: Sequence[int] | None, where: str) -> NDArray[np.int64]:
+    """Divide training examples into folds of equal size, stratified by class: (count,), the fold of each example.
+
+    Raises UserError if there are fewer examples than folds.
+
+    Args:
+        classes: (count,) class of each example, or `None` without classes.
+        where: start of the error message.
+    """
+    if count < folds:
+        raise UserError(f"{where}: {count} training examples cannot be divided into {folds} folds")
+    order = np.random.RandomState(_FOLD_SEED).permutation(count)
+    if classes is not None:
+        order = order[np.argsort(np.asarray(classes)[order], kind="stable")]
+    found = np.empty(count, np.int64)
+    found[order] = np.arange(count) % folds
+    return found
 
 
 def part_rows(count: int, start: int, stop: int) -> list[int]:

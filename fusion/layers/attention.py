@@ -6,6 +6,8 @@ output sizes of the slot; both equal D, the hidden size, except for slots at lin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,18 @@ class AdapterFusion(SlotModule):
     which `ordered_product` computes in the cheapest order: for batches with many tokens, it multiplies the matrices
     first. As in the paper, scores are not divided by √D.
 
-    With a low rank, Wq and Wk have K rows and far fewer parameters. Raises ValueError if the rank is below 1.
+    With a low rank, Wq and Wk have K rows and far fewer parameters.
+
+    With a null source, the softmax has one more entry, for a source whose update is 0: u_0 = v_0 = 0 and k_0 = bk. A
+    token can then take less than a full update, Σ_n p_n < 1. With a prior π over the sources,
+
+        p_n = π_n exp(q·k_n / τ) / Σ_m π_m exp(q·k_m / τ)
+
+    and Wq is initialized to 0, so that initially p = π for every token. In training, the loss term `prior_penalty` is
+    KL(p ‖ π), averaged over the non-padding tokens of a text. Sources that are not active have π_n = 0, and the rest of π
+    is normalized.
+
+    Raises ValueError if the rank is below 1, or the prior has the wrong size or an entry that is not positive.
 
     Args:
         bank: frozen sources of this slot: bottleneck adapters, or LoRAs, which have neither biases nor σ.
@@ -45,9 +58,14 @@ class AdapterFusion(SlotModule):
         temperature: τ.
         dropout: dropout probability of the attention scores, before the softmax.
         rank: K, at least 1. If `None`, D_in as in the paper.
+        null_source: whether the softmax includes a source without an update.
+        prior: π, one probability for each of the bank's `total` sources, and one for the null source if there is one. If
+            `None`, there is no such term.
     """
 
     undecayed = ("value.weight",)  # `value_penalty` regularizes it towards I, not 0
+    in_float32 = ("log_prior",)
+    log_prior: Tensor | None
 
     def __init__(
         self,
@@ -57,12 +75,22 @@ class AdapterFusion(SlotModule):
         temperature: float = 1.0,
         dropout: float = 0.0,
         rank: int | None = None,
+        null_source: bool = False,
+        prior: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if rank is not None and rank < 1:
             raise ValueError(f"rank {rank}: expected at least 1")
+        if prior is not None and (len(prior) != bank.total + null_source or min(prior) <= 0):
+            raise ValueError(f"prior {list(prior)}: expected {bank.total + null_source} positive numbers")
         self.bank = bank
         self.temperature = temperature
+        self.null_source = null_source
+        log_prior = None
+        if prior is not None:
+            entries = [*bank.positions, *([bank.total] if null_source else [])]
+            log_prior = torch.tensor(prior).log()[entries]
+        self.register_buffer("log_prior", log_prior)  # (N,), or (N + 1,) with the null source
         self.query = nn.Linear(bank.input_size, rank or bank.input_size)
         self.key = nn.Linear(bank.output_size, rank or bank.input_size)
         self.value = nn.Linear(bank.output_size, bank.output_size, bias=False) if value_matrix else None
@@ -70,6 +98,8 @@ class AdapterFusion(SlotModule):
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
+        if prior is not None:
+            nn.init.zeros_(self.query.weight)
         if self.value is not None:
             # Identity matrix with 1e-6 off the diagonal.
             nn.init.constant_(self.value.weight, 1e-6)
@@ -94,11 +124,28 @@ class AdapterFusion(SlotModule):
         products = ordered_product(x, [query.weight.T, key.weight, up], (query.bias @ key.weight) @ up)
         through, biases = products.split([z.shape[-2:].numel(), len(self.bank)], dim=-1)
         scores = (z * through.unflatten(-1, z.shape[-2:])).sum(-1, dtype=score_dtype(z)) + biases
+        scores = F.pad(scores, (0, int(self.null_source)))
         if self.training:
             # bk·q is equal for all n, so it cancels in the softmax unless dropout is applied to the scores. It is always
             # computed in training, since DDP raises if bk has no gradient.
             scores = scores + (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
-        return masked_softmax(self.dropout(scores) / self.temperature, self.bank.on(batch.sources_on))
+        return self._attend(self.dropout(scores) / self.temperature, batch)
+
+    def _attend(self, scores: Tensor, batch: BatchContext) -> Tensor:
+        """Return p: (B, T, N), given the scores (B, T, N), or (B, T, N + 1) with a null source."""
+        on = self.bank.on(batch)
+        if on is not None:
+            on = F.pad(on, (0, int(self.null_source)), value=True)
+        if self.log_prior is not None:
+            scores = scores + self.log_prior
+        p = masked_softmax(scores, on)
+        if self.log_prior is not None and batch.add_loss is not None:
+            prior = masked_softmax(self.log_prior, on)
+            least = torch.finfo(p.dtype).tiny  # so that 0 log 0 is 0, also in the backward pass
+            kl = (p * (p.clamp(min=least).log() - prior.clamp(min=least).log())).sum(-1, keepdim=True)
+            kl = kl.expand(-1, batch.attention_mask.shape[1], -1)  # a text may have one distribution for all tokens
+            batch.add_loss("prior_penalty", pool(kl, batch.attention_mask, "mean").squeeze(-1))
+        return p[..., : len(self.bank)]
 
     def merged(self) -> MergedFusion:
         """Return an equivalent module for inference, equal up to rounding, without products of size D × D."""
@@ -125,16 +172,20 @@ class MergedFusion(SlotModule):
     instead of 3·N·R·D + 3·D² + 2·N·D. The trained fusion is not changed.
     """
 
+    in_float32 = ("null_score",)
     into: Tensor
     into_bias: Tensor
     out: Tensor
     out_bias: Tensor
+    null_score: Tensor | None
 
     def __init__(self, fusion: AdapterFusion) -> None:
         super().__init__()
         bank = fusion.bank
-        positions = bank.source_positions.tolist()
-        self.sources = Sources(bank.nonlinearities, bank.size, positions, bank.total)
+        self.sources = Sources(bank.nonlinearities, bank.size, bank.positions, bank.total)
+        self.null_source = fusion.null_source
+        log_prior = fusion.log_prior
+        self.register_buffer("null_score", log_prior[-1:] if log_prior is not None and self.null_source else None)
         dtype = bank.up_weight.dtype
         with torch.no_grad():  # in float64, so that merged matrices are rounded only once
             query, query_bias = fusion.query.weight.double(), fusion.query.bias.double()
@@ -143,6 +194,8 @@ class MergedFusion(SlotModule):
             upwards = torch.cat([up.T, up_bias]) @ key.T  # (N·R + N, D): [Wu_nᵀ; bu_n] Wkᵀ
             into = torch.cat([bank.down_weight.double(), upwards @ query])
             into_bias = torch.cat([bank.down_bias.double(), upwards @ query_bias])
+            if log_prior is not None:
+                into_bias[-len(bank) :] += log_prior[: len(bank)]
             if fusion.value is not None:
                 value = fusion.value.weight.double()
                 up, up_bias = value @ up, up_bias @ value.T
@@ -168,7 +221,13 @@ class MergedFusion(SlotModule):
         down, through, bias = F.linear(x, self.into, self.into_bias).split([width, width, count], dim=-1)
         z = self.sources.activated(down)
         scores = (z * through.unflatten(-1, (count, -1))).sum(-1, dtype=score_dtype(z)) + bias
-        return masked_softmax(scores, self.sources.on(batch.sources_on)), z
+        on = self.sources.on(batch)
+        if not self.null_source:
+            return masked_softmax(scores, on), z
+        null = scores.new_zeros(1) if self.null_score is None else self.null_score
+        scores = torch.cat([scores, null.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+        on = None if on is None else F.pad(on, (0, 1), value=True)
+        return masked_softmax(scores, on)[..., :count], z
 
 
 class SequenceFusion(AdapterFusion):
@@ -216,7 +275,11 @@ def score_dtype(z: Tensor) -> torch.dtype:
 
 
 def masked_softmax(scores: Tensor, on: Tensor | None) -> Tensor:
-    """Compute the softmax of scores (..., N) where the bool mask `on` (N,) is True; zeros if it is False everywhere."""
+    """Compute the softmax of scores (..., N) where the bool mask `on` is True; zeros if it is False everywhere.
+
+    on: (N,) or (B, 1, N).
+    """
     if on is None:
         return scores.softmax(-1)
-    return scores.masked_fill(~on, float("-inf")).softmax(-1).nan_to_num(0.0)
+    # With -inf, the gradients of scores that are all masked would be NaN.
+    return scores.masked_fill(~on, torch.finfo(scores.dtype).min).softmax(-1) * on

@@ -22,16 +22,37 @@ class Sources(nn.Module):
     Args:
         positions: index of each adapter's source (0 to `total` - 1), in ascending order.
         total: number of sources, with or without an adapter in this slot.
+        folds: fold of each adapter, or -1 for the main adapter of its source, see `BatchContext.folds`. Each source has
+            either its main adapter only, or also one adapter per fold. If `None`, all are main adapters.
     """
 
     source_positions: Tensor
+    places: Tensor
+    folds: Tensor | None
+    has_folds: Tensor | None
 
-    def __init__(self, nonlinearities: Sequence[str], size: int, positions: Sequence[int], total: int) -> None:
+    def __init__(
+        self,
+        nonlinearities: Sequence[str],
+        size: int,
+        positions: Sequence[int],
+        total: int,
+        folds: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.nonlinearities = list(nonlinearities)
         self.size = size
         self.total = total
+        self.positions = list(positions)
+        present = sorted(set(positions))
+        self.count = len(present)  # number of sources with an adapter in this slot
         self.register_buffer("source_positions", torch.tensor(list(positions)))
+        # Index of each adapter's source among the `count` sources.
+        self.register_buffer("places", torch.tensor([present.index(position) for position in positions]))
+        of_folds = [position for position, fold in zip(positions, folds or (), strict=False) if fold >= 0]
+        in_folds = None if folds is None else [position in of_folds for position in positions]
+        self.register_buffer("folds", None if folds is None else torch.tensor(list(folds)))
+        self.register_buffer("has_folds", None if in_folds is None else torch.tensor(in_folds))
 
     def __len__(self) -> int:
         return len(self.nonlinearities)
@@ -45,13 +66,20 @@ class Sources(nn.Module):
         parts = down.split([length for _, length in runs], dim=-2)
         return torch.cat([NONLINEARITIES[name](part) for (name, _), part in zip(runs, parts, strict=True)], dim=-2)
 
-    def on(self, sources_on: Tensor | None) -> Tensor | None:
-        """Select the entries of `sources_on` (total,) for the adapters of this slot: (N,) bool, or `None`."""
-        return None if sources_on is None else sources_on[self.source_positions]
+    def on(self, batch: BatchContext) -> Tensor | None:
+        """Return the mask of active adapters: bool (N,), (B, 1, N) if it differs between texts, `None` if all are."""
+        on = None if batch.sources_on is None else batch.sources_on[..., self.source_positions]
+        if self.folds is not None and self.has_folds is not None:
+            if batch.folds is None:
+                chosen = self.folds < 0
+            else:
+                chosen = (self.folds == batch.folds.unsqueeze(-1)) | ~self.has_folds
+            on = chosen if on is None else on & chosen
+        return on if on is None or on.ndim == 1 else on.unsqueeze(1)
 
     def spread(self, p: Tensor) -> Tensor:
-        """Scatter weights p (B, T, N) to (B, T, total), with 0 for sources without an adapter in this slot."""
-        return p.new_zeros(*p.shape[:-1], self.total).index_copy(-1, self.source_positions, p)
+        """Add weights p (B, T, N) up by source: (B, T, total), with 0 for sources without an adapter in this slot."""
+        return p.new_zeros(*p.shape[:-1], self.total).index_add(-1, self.source_positions, p)
 
 
 class AdapterBank(Sources):
@@ -69,7 +97,8 @@ class AdapterBank(Sources):
 
     Args:
         adapters: adapters of this slot, in the order of the sources.
-        sources, total: see `Sources`.
+        sources: index of each adapter's source, see `Sources`.
+        total, folds: see `Sources`.
     """
 
     down_weight: Tensor
@@ -77,17 +106,28 @@ class AdapterBank(Sources):
     up_weight: Tensor
     up_bias: Tensor
 
-    def __init__(self, adapters: Sequence[BottleneckAdapter], sources: Sequence[int], total: int) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[BottleneckAdapter],
+        sources: Sequence[int],
+        total: int,
+        folds: Sequence[int] | None = None,
+    ) -> None:
         if not adapters:
             raise ValueError("a bank needs at least one adapter")
-        if len(sources) != len(adapters) or sorted(set(sources)) != list(sources) or sources[-1] >= total:
+        distinct = set(sources) if folds is None else set(zip(sources, folds, strict=True))
+        if (
+            not len(sources) == len(adapters) == len(distinct)
+            or sorted(sources) != list(sources)
+            or sources[-1] >= total
+        ):
             raise ValueError(f"sources {list(sources)}: expected {len(adapters)} increasing indices below {total}")
         sizes = {(adapter.down.in_features, adapter.up.out_features) for adapter in adapters}
         if len(sizes) != 1:
             raise ValueError(f"adapters have different sizes (input, output): {sorted(sizes)}")
         ((input_size, output_size),) = sizes
         size = max(adapter.down.out_features for adapter in adapters)
-        super().__init__([adapter.nonlinearity for adapter in adapters], size, sources, total)
+        super().__init__([adapter.nonlinearity for adapter in adapters], size, sources, total, folds)
         self.input_size = input_size
         self.output_size = output_size
         down, down_bias, up, up_bias = [], [], [], []
@@ -110,7 +150,7 @@ class AdapterBank(Sources):
         return self.activated(F.linear(x, self.down_weight, self.down_bias))
 
     def weighted_sum(self, p: Tensor, z: Tensor) -> Tensor:
-        """Compute Σ_n p_n u_n: p (B, T, N) or (N,), z (B, T, N, R) -> (B, T, D_out)."""
+        """Compute Σ_n p_n u_n: p (B, T, N), (B, 1, N) or (N,), z (B, T, N, R) -> (B, T, D_out)."""
         p = p.to(z.dtype)
         return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias
 

@@ -26,13 +26,13 @@ class MeanMixture(SlotModule):
         self.bank = bank
 
     def _scores(self, x: Tensor) -> Tensor:
-        """Return the scores (N,) before the softmax."""
+        """Return the scores before the softmax, (N,)."""
         return x.new_zeros(len(self.bank))
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
         bank = self.bank
-        p = masked_softmax(self._scores(x), bank.on(batch.sources_on))
+        p = masked_softmax(self._scores(x), bank.on(batch))
         if batch.record is not None:
             batch.record(batch.slot, bank.spread(p.expand(*x.shape[:-1], len(bank))))
         return bank.weighted_sum(p, bank.bottlenecks(x))
@@ -43,10 +43,10 @@ class StaticMixture(MeanMixture):
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__(bank)
-        self.weight = nn.Parameter(torch.zeros(len(bank)))
+        self.weight = nn.Parameter(torch.zeros(bank.count))
 
     def _scores(self, x: Tensor) -> Tensor:
-        return self.weight
+        return self.weight[self.bank.places]
 
 
 class ScaLearn(SlotModule):
@@ -68,7 +68,7 @@ class ScaLearn(SlotModule):
 
     def __init__(self, bank: AdapterBank, scales: nn.Parameter, shared: bool = False) -> None:
         super().__init__()
-        allowed = [(bank.total if shared else len(bank), width) for width in (bank.output_size, 1)]
+        allowed = [(bank.total if shared else bank.count, width) for width in (bank.output_size, 1)]
         if scales.shape not in allowed:
             raise ValueError(f"scales {tuple(scales.shape)}: expected {allowed[0]}, or {allowed[1]} for one per source")
         self.bank = bank
@@ -77,20 +77,20 @@ class ScaLearn(SlotModule):
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> o: (B, T, D)."""
-        bank, scales = self.bank, self._own_scales(batch)
+        bank, on = self.bank, self.bank.on(batch)
+        scales = self.scales[bank.source_positions if self.shared else bank.places]  # (N, W)
         if batch.record is not None:
             uniform = scales.shape[1] == 1
             recorded = scales.squeeze(1) if uniform else scales.abs().mean(1)
+            recorded = recorded if on is None else recorded * on
             batch.record(batch.slot, bank.spread(recorded.expand(*x.shape[:-1], len(bank))))
         up = (bank.up_weight.unflatten(1, (len(bank), -1)) * scales.T.unsqueeze(-1)).flatten(1)  # (D, N·R)
-        up_bias = (scales * bank.up_bias).sum(0)  # (D,)
-        return F.linear(bank.bottlenecks(x).flatten(-2), up, up_bias)
-
-    def _own_scales(self, batch: BatchContext) -> Tensor:
-        """Return ω of this slot's adapters: (N, W), 0 for inactive sources."""
-        scales = self.scales[self.bank.source_positions] if self.shared else self.scales
-        on = self.bank.on(batch.sources_on)
-        return scales if on is None else scales.masked_fill(~on.unsqueeze(1), 0.0)
+        up_bias = scales * bank.up_bias  # (N, D)
+        z = bank.bottlenecks(x)
+        if on is None:
+            return F.linear(z.flatten(-2), up, up_bias.sum(0))
+        active = on.to(z.dtype)  # (N,) or (B, 1, N)
+        return F.linear((z * active.unsqueeze(-1)).flatten(-2), up) + active @ up_bias
 
 
 def initial_scales(count: int, width: int) -> nn.Parameter:

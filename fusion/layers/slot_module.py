@@ -14,6 +14,8 @@ from torch.nn import Parameter
 
 # Called with the name of a slot and the attention weights of its sources (B, T, N).
 Recorder = Callable[[str, Tensor], None]
+# Called with the name of a loss term and its value for each text (B,), before weighting.
+LossRecorder = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,11 @@ class BatchContext:
         layers_on: whether the slots of each layer are active in this batch (AdapterDrop, Rücklé et al. 2021). If empty,
             all are active.
         members: (B,), adapter index of each text, for slot modules with the adapters of multiple tasks.
-        sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
+        sources_on: (N,) or (B, N) bool mask of active sources. If `None`, all sources are active.
+        folds: (B,), for each text the fold whose adapter replaces the main adapter of a source that has one per fold,
+            or -1 for the main adapter. If `None`, all texts use the main adapters.
         record: called with the attention weights, unless `None`.
+        add_loss: called with loss terms that depend on the texts, unless `None`.
         slot: name of the slot, passed to `record`.
     """
 
@@ -34,7 +39,9 @@ class BatchContext:
     layers_on: tuple[bool, ...] = ()
     members: Tensor | None = None
     sources_on: Tensor | None = None
+    folds: Tensor | None = None
     record: Recorder | None = None
+    add_loss: LossRecorder | None = None
     slot: str = ""
 
 
@@ -43,6 +50,9 @@ class SlotModule(nn.Module):
 
     undecayed: tuple[str, ...] = ()
     """Parameters excluded from weight decay, in addition to biases."""
+
+    in_float32: tuple[str, ...] = ()
+    """Buffers that stay float32 in a backbone of a lower precision."""
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D_in) -> update: (B, T, D_out)."""

@@ -20,7 +20,7 @@ from fusion.backbones.precision import multiplies
 from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress
 from fusion.backbones.tuning import Tuning
 from fusion.layers.heads import TaskHead, TaskHeads
-from fusion.layers.slot_module import BatchContext, Recorder, SlotModule, parameters_of
+from fusion.layers.slot_module import BatchContext, LossRecorder, Recorder, SlotModule, parameters_of
 
 
 class AdaptedModel(nn.Module):
@@ -98,7 +98,7 @@ class AdaptedModel(nn.Module):
             return
         for module in self.slots.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_floating_point():
+                if buffer.is_floating_point() and name not in getattr(module, "in_float32", ()):
                     setattr(module, name, buffer.to(self.dtype))
 
     def layers(self) -> list[nn.Module]:
@@ -135,7 +135,9 @@ class AdaptedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         choice_counts: Tensor | None = None,
         sources_on: Tensor | None = None,
+        folds: Tensor | None = None,
         record: Recorder | None = None,
+        add_loss: LossRecorder | None = None,
         features: Tensor | None = None,
         first_layer: int = 0,
         task: int = 0,
@@ -147,7 +149,9 @@ class AdaptedModel(nn.Module):
             input_ids, attention_mask, token_type_ids: (S, T).
             choice_counts: (B,) number of texts per example: choices, or windows of a long sentence.
             sources_on: (N,) bool mask of active sources. If `None`, all sources are active.
+            folds: (S,), see `BatchContext`.
             record: called in each slot with its name and the attention weights (S, T, N).
+            add_loss: called in each slot with loss terms of each text (S,), see `BatchContext`.
             features: (S, T, D), `frozen_features` of these examples, which replace the layers below the lowest slot.
                 Values at padding are ignored.
             first_layer: slots in lower layers are inactive (AdapterDrop, Rücklé et al. 2021).
@@ -163,7 +167,9 @@ class AdaptedModel(nn.Module):
             attention_mask,
             token_type_ids,
             sources_on=sources_on,
+            folds=folds,
             record=record,
+            add_loss=add_loss,
             features=features,
             first_layer=first_layer,
         )
@@ -182,8 +188,10 @@ class AdaptedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         sources_on: Tensor | None = None,
+        folds: Tensor | None = None,
         members: Tensor | None = None,
         record: Recorder | None = None,
+        add_loss: LossRecorder | None = None,
         features: Tensor | None = None,
         first_layer: int = 0,
     ) -> Tensor:
@@ -191,7 +199,7 @@ class AdaptedModel(nn.Module):
         if features is not None and not self._takes_features:
             raise RuntimeError("call take_features() before a batch with cached features")
         on = tuple(layer >= first_layer for layer in range(self._layers))
-        self._current.context = BatchContext(attention_mask, on, members, sources_on, record)
+        self._current.context = BatchContext(attention_mask, on, members, sources_on, folds, record, add_loss)
         self._current.features = features
         if features is not None and self.boundary is None:
             return features

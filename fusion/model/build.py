@@ -119,11 +119,19 @@ def _check_weights(artifact: Artifact, sources: Sequence[Manifest] = ()) -> None
 
 
 def build_composition(
-    config: CompositionConfig, sources: Sequence[Artifact], backbone: Backbone, chosen: Mapping[str, Any] | None = None
+    config: CompositionConfig,
+    sources: Sequence[Artifact],
+    backbone: Backbone,
+    chosen: Mapping[str, Any] | None = None,
+    target: str | None = None,
+    folds: Mapping[int, Sequence[Artifact]] | None = None,
 ) -> dict[str, SlotModule]:
     """Call `compose` with stored sources."""
     manifests = [source.manifest for source in sources]
-    return compose(config, manifests, lambda n: stored_adapters(sources[n]), backbone.depths, chosen or {})
+    of_folds = {n: [stored_adapters(one) for one in each] for n, each in (folds or {}).items()}
+    return compose(
+        config, manifests, lambda n: stored_adapters(sources[n]), backbone.depths, chosen or {}, target, of_folds
+    )
 
 
 def pooling_of(config: HeadConfig, default: str | None, backbone: Backbone) -> str:
@@ -214,7 +222,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         _check_weights(artifact, [source.manifest for source in sources])
     if manifest.composition is not None:
         fused = manifest.composition
-        slot_modules = build_composition(fused.settings, sources, backbone, fused.chosen)
+        slot_modules = build_composition(fused.settings, sources, backbone, fused.chosen, manifest.task.name)
         copy_stored(parameters_of(slot_modules), artifact.weights, artifact.path / WEIGHTS)
     elif manifest.method is not None:
         method = manifest.method

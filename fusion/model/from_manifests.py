@@ -17,7 +17,7 @@ from fusion.errors import UserError, first_line
 from fusion.layers.bottleneck import BottleneckAdapter, WithTargetAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import SlotModule, parameters_of
-from fusion.store.compatibility import check_sources
+from fusion.store.compatibility import check_sources, own_adapters
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
 from fusion.store.manifest import Manifest
 from fusion.tasks.table import KINDS
@@ -66,6 +66,8 @@ def compose(
     adapters: Callable[[int], Mapping[str, BottleneckAdapter]],
     depths: Mapping[str, int],
     chosen: Mapping[str, Any],
+    target: str | None = None,
+    folds: Mapping[int, Sequence[Mapping[str, BottleneckAdapter]]] | None = None,
 ) -> dict[str, SlotModule]:
     """Return the composition of the sources for each slot in which at least one source has an adapter.
 
@@ -75,6 +77,8 @@ def compose(
         adapters: returns a source's adapters by slot, given the index of the source.
         depths: number of layers of the backbone by stack.
         chosen: see `Composition.finds`: `{"kept": {slot: indices}}`, `{"continued": name}`, or empty.
+        target: name of the target task; sources that were trained on it alone are its own adapters.
+        folds: in training with `cross_fit`, the adapters by slot of each fold, by the index of their source.
     """
     definition = config.definition
     for key in (KEPT, CONTINUED):
@@ -85,6 +89,7 @@ def compose(
         raise UserError("composition.continued is not one of the sources")
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
     hidden_size, sites = sources[0].backbone.hidden_size, sources[0].placement["adapter.sites"]
+    own = own_adapters(sources, target)
     share = definition.share
     shared: dict[tuple[str, str], Any] = {}
     modules: dict[str, SlotModule] = {}
@@ -102,12 +107,13 @@ def compose(
         if place not in shared:
             shared[place] = None if share is None else share(len(sources), hidden_size)
         combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
-        module = definition.build(config, SlotSources(combined, len(sources)), shared[place])
+        of_folds = {n: [one[slot] for one in each] for n, each in (folds or {}).items() if n in combined}
+        module = definition.build(config, SlotSources(combined, len(sources), own, of_folds), shared[place])
         if config.target_adapter:  # with the bottleneck size of the largest source in the slot
             first, *others = present.values()
             size = max(adapter.down.out_features for adapter in (first, *others))
-            target = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
-            module = WithTargetAdapter(module, target)
+            new = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+            module = WithTargetAdapter(module, new)
         modules[slot] = module
     if not modules:
         raise UserError(
@@ -143,7 +149,8 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
         if fused is None:
             return {} if manifest.adapter is None else described_adapters(manifest)
         check_sources(list(sources))
-        return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), depths, fused.chosen)
+        own = manifest.task.name
+        return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), depths, fused.chosen, own)
 
     return None if manifest.method is not None else _shapes(lambda: parameters_of(slot_modules()), path)
 

@@ -48,6 +48,8 @@ ADDED_LATER: dict[str, Any] = {
     **_defaults(CompositionConfig, without=CompositionConfig.first),
     "sources_by": None,
     "data.quoting": None,
+    "data.leave_out": None,
+    "data.limit.train_seed": None,
     **_defaults(SplitConfig),
     "init_from": None,
     **_defaults(LossConfig),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,13 @@ from fusion.backbones.families import FAMILIES
 from fusion.backbones.files import check_files
 from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
+from fusion.config.data import LeaveOut
+from fusion.config.fields import require
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
-from fusion.store.compatibility import check_sources, differences
-from fusion.store.lookup import find_by_hash, read_folder, read_manifest
+from fusion.store.compatibility import check_sources, differences, own_adapters
+from fusion.store.lookup import find_by_hash, names, read_folder, read_manifest
+from fusion.text import key_of, listed, override, shell_line
 
 if TYPE_CHECKING:
     from fusion.store.manifest import Manifest
@@ -27,11 +30,15 @@ class Inputs:
     references: list[str]  # names or paths of the sources, in order
     sources: list[Manifest]
     fusion: Manifest | None = None  # the fusion to prune
+    # With cross-fitting, the artifacts of each fold by the index of their source.
+    folds: Mapping[int, Sequence[Manifest]] = field(default_factory=dict)
 
     @property
     def hashes(self) -> dict[str, Any]:
         """Hashes of the artifacts, which the config only refers to by name."""
         found: dict[str, Any] = {"sources": [manifest.hash for manifest in self.sources]}
+        if self.folds:
+            found["folds"] = [manifest.hash for each in self.folds.values() for manifest in each]
         return found if self.fusion is None else found | {"fusion": _hashes(self.fusion)}
 
 
@@ -44,12 +51,60 @@ def read_inputs(config: Stage2Config) -> Inputs:
     """Read the manifests of the inputs. Raises UserError if one is missing or they are incompatible."""
     store = Path(config.store)
     if config.composition.definition.is_pruned:
-        return _of_fusion(config, store)
-    sources = [read_manifest(source, store) for source in config.sources]
-    check_sources(sources)
-    if config.composition.definition.one_shape:
-        check_one_shape(config.composition.name, sources)
-    return Inputs(config.sources, sources)
+        inputs = _of_fusion(config, store)
+    else:
+        sources = [read_manifest(source, store) for source in config.sources]
+        check_sources(sources)
+        if config.composition.definition.one_shape:
+            check_one_shape(config.composition.name, sources)
+        inputs = Inputs(config.sources, sources)
+    return replace(inputs, folds=_folds(config, inputs.sources, store))
+
+
+def _folds(config: Stage2Config, sources: Sequence[Manifest], store: Path) -> dict[int, list[Manifest]]:
+    """Return the artifacts for cross-fitting, see `Inputs.folds`; empty without it.
+
+    Raises UserError if a setting requires an own adapter of the target but no source is one, or an artifact is missing
+    or was trained with other settings than its source.
+    """
+    asked, task = config.composition, config.task
+    assert task is not None
+    own = own_adapters(sources, task.name)
+    needs = {"cross_fit": asked.cross_fit is not None, "prior": asked.prior == "own", "dropped": asked.dropped == "own"}
+    for key, needed in needs.items():
+        require(
+            bool(own) or not needed,
+            f"{override(f'composition.{key}', getattr(asked, key))}: no source was trained on {task.name}; add its "
+            "adapter to sources=, or leave it out",
+        )
+    if asked.cross_fit is None:
+        return {}
+    return {n: _folds_of(sources[n], asked.cross_fit, store) for n in own}
+
+
+def _folds_of(source: Manifest, count: int, store: Path) -> list[Manifest]:
+    every = [LeaveOut(fold, count) for fold in range(count)]
+    wanted, there = [f"{source.name}{one.suffix}" for one in every], names(store)
+    if missing := [name for name in wanted if name not in there]:
+        others = ("name", "data.leave_out", "seed")
+        kept = [word for word in source.run.overrides if key_of(word) not in others]
+        swept = ",".join(map(str, every))
+        words = [*kept, f"seed={source.seed}", f"name={source.name}", f"data.leave_out={swept}"]
+        raise UserError(
+            f"composition.cross_fit={count}: no {listed(missing)} in the store {store}, trained without a fold of the "
+            f"examples of {source.name}\nTrain with: {shell_line('stage1', ['-m', *words])}"
+        )
+    found = [read_manifest(name, store) for name in wanted]
+    for manifest, left_out in zip(found, every, strict=True):
+        expected = source.run.config | {"data.leave_out": str(left_out)}
+        keys = sorted({*expected, *manifest.run.config})
+        pairs = {key: (expected.get(key), manifest.run.config.get(key)) for key in keys}
+        if differs := differences(pairs):
+            raise UserError(
+                f"composition.cross_fit={count}: {manifest.name} was not trained with the settings of {source.name}: "
+                f"{differs}; retrain one of them with overwrite=true"
+            )
+    return found
 
 
 def read_used(config: UseConfig) -> Manifest:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion.config.compositions import COMPOSITIONS
-from fusion.config.data import DataConfig, SplitConfig
+from fusion.config.data import DataConfig, LimitConfig, SplitConfig
 from fusion.errors import UserError
 from fusion.text import hydra_value, repeated, shortened
 
@@ -34,12 +34,19 @@ def differences(pairs: Mapping[str, tuple[Any, Any]], most: int = 4) -> str:
     return "; ".join(found[:most]) + more
 
 
+def own_adapters(sources: Sequence[Manifest], target: str | None) -> tuple[int, ...]:
+    """Return the indices of the sources that were trained on the target task alone."""
+    return tuple(n for n, source in enumerate(sources) if source.task_names == [target])
+
+
 def why_unfit(manifest: Manifest) -> str | None:
     """Return why `sources=all`, rankings and suggested commands skip an adapter, or None if they use it."""
     if manifest.name.endswith(DEBUG):
         return "trained with debug="
     if manifest.name.endswith(DIVERGED) or manifest.result.diverged:
         return "training diverged"
+    if manifest.run.config.get("data.leave_out") is not None:
+        return "trained for cross-fitting, without a fold of its examples"
     return None
 
 
@@ -132,6 +139,12 @@ def split_of(manifest: Manifest) -> SplitConfig:
         return SplitConfig(**{name: config[key] for name, key in keys if key in config})
     except (UserError, TypeError) as error:
         raise UserError(f"manifest of {manifest.name}: run.config: {error}") from None
+
+
+def limit_of(manifest: Manifest, train: int | None) -> LimitConfig:
+    """Return the limit to `train` examples that samples them as in the training run."""
+    seed = manifest.run.config.get("data.limit.train_seed")
+    return LimitConfig(train=train, train_seed=seed if train is not None and type(seed) is int else None)
 
 
 def as_trained(manifest: Manifest, data: DataConfig, task: str | None) -> DataConfig:

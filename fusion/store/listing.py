@@ -242,6 +242,8 @@ def _in_order(manifest: Manifest, store: Path, seen: set[str]) -> Iterator[Manif
     parts = [(source.hash, source.name) for source in (*manifest.sources, *([origin] if origin else []))]
     if manifest.composition is not None and (pruned := manifest.composition.settings.fusion) is not None:
         parts.append(("", pruned))
+    folds = manifest.run.config.get("inputs.folds", ())  # hashes of the artifacts of cross-fitting
+    parts += [(hash, f"of fold {fold}") for fold, hash in enumerate(folds)]
     for hash, name in parts:
         try:
             folder = find_by_hash(hash, name, store) if hash else lookup.find(name, store)

@@ -27,6 +27,9 @@ from fusion.tasks.kind import Decision
 from fusion.tasks.table import kind_of
 from fusion.training.losses import EpochLoss, Losses
 from fusion.training.predictions import MEAN, RowPredictions, main_metrics
+from fusion.training.source_sampling import SourceSampling
+
+TEXT_TERMS = ("prior_penalty",)  # loss terms that slot modules compute for each text, see `BatchContext.add_loss`
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Objective:
     # Whether each batch skips the slots of a random number of first layers (AdapterDrop, Rücklé et al. 2021, §3).
     robust_drop: bool = False
     temperature: float = 1.0  # of multi-task sampling, see `TaskBatches`
+    sampling: SourceSampling | None = None  # of the sources in each training batch; `None`: all are active
 
 
 class TaskModule(lightning.LightningModule):
@@ -86,15 +90,31 @@ class TaskModule(lightning.LightningModule):
         draw = np.random.RandomState([self.seed, self.current_epoch, batch_index])
         return int(draw.choice(self.model.adapted_layers))
 
-    def scores(self, batch: Batch, first_layer: int = 0, record: Recorder | None = None) -> Tensor:
-        """Return the logits: (B, K)."""
-        return forward(self.model, batch, record=record, features=batch.features, first_layer=first_layer)
+    def sampled(self, batch: Batch, batch_index: int) -> dict[str, Any]:
+        """Return the arguments of `AdaptedModel.forward` that are sampled for a training batch."""
+        options: dict[str, Any] = {"first_layer": self.first_layer(batch_index)}
+        if (sampling := self.objective.sampling) is not None:
+            options["sources_on"] = sampling.sources_on(self.seed, self.current_epoch, batch_index, batch.rows.device)
+            options["folds"] = sampling.folds_of(batch)
+        return options
 
-    def losses(self, batch: Batch, first_layer: int = 0) -> dict[str, Tensor]:
+    def scores(self, batch: Batch, **options: Any) -> Tensor:
+        """Return the logits: (B, K). `options` are passed to `AdaptedModel.forward`."""
+        return forward(self.model, batch, features=batch.features, **options)
+
+    def losses(self, batch: Batch, **options: Any) -> dict[str, Tensor]:
         """Return the named loss terms of a batch: `task`, and the weighted terms of the slot modules."""
         assert batch.labels is not None
+        weights, extra = self.objective.loss_weights, dict[str, Tensor]()
+
+        def add(name: str, by_text: Tensor) -> None:
+            mean = (_by_example(by_text, batch) * batch.weights).sum() * self.trainer.world_size / batch.global_rows
+            extra[name] = extra.get(name, 0.0) + weights[name] * mean
+
+        if any(weights.get(name) for name in TEXT_TERMS):
+            options["add_loss"] = add
         per_row = kind_of(self.tasks[batch.task]).loss(
-            self.scores(batch, first_layer).float(),
+            self.scores(batch, **options).float(),
             batch.labels,
             getattr(self, f"class_weights_{batch.task}", None),
             self.objective.label_smoothing,
@@ -102,7 +122,7 @@ class TaskModule(lightning.LightningModule):
         # DDP averages gradients over processes, so each divides by the number (or weight) of examples in all processes.
         total = batch.global_rows if batch.global_weight is None else batch.global_weight
         task = (per_row * batch.weights).sum() * self.trainer.world_size / total
-        extra = {name: self.objective.loss_weights[name] * value for name, value in self.model.losses().items()}
+        extra |= {name: weights[name] * value for name, value in self.model.losses().items()}
         return {"task": task, **extra}
 
     def on_train_epoch_start(self) -> None:
@@ -112,7 +132,7 @@ class TaskModule(lightning.LightningModule):
         # Dropout masks depend on seed, epoch, batch and process only, so a resumed run draws the same.
         parts = [self.seed, self.current_epoch, batch_index, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))
-        losses = self.losses(batch, self.first_layer(batch_index))
+        losses = self.losses(batch, **self.sampled(batch, batch_index))
         total = torch.stack(list(losses.values())).sum()
         prefix = f"{self.tasks[batch.task].name}/" if len(self.tasks) > 1 else ""
         self.losses_seen.add(total.detach(), self.trainer.global_step, batch.rows, f"{prefix}train")
@@ -230,6 +250,15 @@ class TaskModule(lightning.LightningModule):
             )
         self.history = list(checkpoint["history"])
         self.epoch_loss.resume(checkpoint["epoch_loss"], self.trainer.world_size, self.device)
+
+
+def _by_example(by_text: Tensor, batch: Batch) -> Tensor:
+    """Average values (S,) over the texts of each example: (B,)."""
+    counts = batch.choice_counts
+    if counts is None:
+        return by_text
+    example = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return by_text.new_zeros(len(counts)).index_add(0, example, by_text) / counts
 
 
 def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:

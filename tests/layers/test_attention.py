@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from fusion.layers.attention import AdapterFusion, masked_softmax
+from fusion.layers.attention import AdapterFusion, SequenceFusion, masked_softmax
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.slot_module import BatchContext
@@ -267,3 +269,89 @@ def test_merged_records_what_folded_records() -> None:
         slot_module(x, BatchContext(torch.ones(2, 3), record=lambda _, p: recorded.append(p)))
     assert recorded[1].shape == (2, 3, 5)
     torch.testing.assert_close(recorded[1], recorded[0], rtol=0, atol=1e-12)
+
+
+PRIOR = [0.4, 0.1, 0.2, 0.05, 0.25]
+
+
+def plain_distribution(layer: AdapterFusion, x: Tensor, prior: list[float], on: list[int]) -> list[Tensor]:
+    """p_n of one token x (D,) for the sources `on`, and last for the null source if the layer has one."""
+    q = layer.query.weight @ x + layer.query.bias
+    powers = []
+    for n in on:
+        k = layer.key.weight @ plain_output(adapters()[n], x) + layer.key.bias
+        powers.append(prior[n] * torch.exp(torch.dot(q, k) / layer.temperature))
+    if layer.null_source:
+        powers.append(prior[-1] * torch.exp(torch.dot(q, layer.key.bias) / layer.temperature))
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("prior", [None, PRIOR])
+@pytest.mark.parametrize("null_source", [True, False])
+@pytest.mark.parametrize("on", [[0, 1, 2, 3, 4], [1, 3]])
+@pytest.mark.parametrize("training", [True, False])
+def test_prior_and_null_source(prior: list[float] | None, null_source: bool, on: list[int], training: bool) -> None:
+    entries = None if prior is None else [*prior, *([0.3] if null_source else [])]
+    torch.manual_seed(100)
+    bank = AdapterBank(adapters(), range(5), 5)
+    layer = AdapterFusion(bank, temperature=1.5, null_source=null_source, prior=entries).double().train(training)
+    assert bool(layer.query.weight.any()) == (prior is None)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
+    sources_on = torch.tensor([n in on for n in range(5)])
+    batch = BatchContext(mask, sources_on=sources_on, record=recorded.__setitem__, add_loss=seen.__setitem__, slot="s")
+    found = layer(x, batch)
+    weights = entries or [1.0] * (5 + null_source)
+    active = torch.tensor([weights[n] for n in on] + ([weights[-1]] if null_source else []), dtype=torch.float64)
+    pi = active / active.sum()
+    assert layer.value is not None
+    outputs, divergences = [], []
+    for b in range(2):
+        of_text = []
+        for t in range(3):
+            p = plain_distribution(layer, x[b, t], weights, on)
+            values = [
+                w * layer.value.weight @ plain_output(adapters()[n], x[b, t]) for w, n in zip(p, on, strict=False)
+            ]
+            outputs.append(torch.stack(values).sum(0))
+            of_text.append(torch.stack([one * torch.log(one / other) for one, other in zip(p, pi, strict=True)]).sum())
+            torch.testing.assert_close(recorded["s"][b, t, on], torch.stack(p[: len(on)]), rtol=0, atol=1e-7)
+        divergences.append(torch.stack(of_text)[mask[b].bool()].mean())
+    expected = torch.stack(outputs).view(2, 3, HIDDEN)
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)  # the prior is float32
+    close(found, expected)
+    if prior is None:
+        assert seen == {}
+        total, other = found.sum(), expected.sum()
+    else:
+        assert list(seen) == ["prior_penalty"]
+        close(seen["prior_penalty"], torch.stack(divergences))
+        total, other = found.sum() + seen["prior_penalty"].sum(), expected.sum() + torch.stack(divergences).sum()
+    wanted = [x, *(p for name, p in layer.named_parameters() if name != "key.bias")]
+    for one, two in zip(torch.autograd.grad(total, wanted), torch.autograd.grad(other, wanted), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    merged = layer.eval().merged()(x, BatchContext(mask, sources_on=sources_on))
+    close(merged, expected)
+
+
+@pytest.mark.parametrize("kind", [AdapterFusion, SequenceFusion])
+def test_the_attention_starts_at_the_prior(kind: type[AdapterFusion]) -> None:
+    layer = kind(AdapterBank(adapters()[:2], [1, 3], 5), null_source=True, prior=[*PRIOR, 0.3]).double()
+    seen: dict[str, Tensor] = {}
+    divergence: dict[str, Tensor] = {}
+    batch = BatchContext(torch.ones(2, 3), record=seen.__setitem__, add_loss=divergence.__setitem__, slot="s")
+    layer(torch.randn(2, 3, HIDDEN, dtype=torch.float64), batch)
+    expected = torch.tensor([0.0, 0.1, 0.0, 0.05, 0.0], dtype=torch.float64) / (0.1 + 0.05 + 0.3)
+    torch.testing.assert_close(seen["s"], expected.expand(2, 3, 5), rtol=0, atol=1e-7)
+    assert divergence["prior_penalty"].shape == (2,)
+    torch.testing.assert_close(divergence["prior_penalty"], torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("prior", [PRIOR[:4], [*PRIOR, 0.3], [0.0, *PRIOR[1:]]])
+def test_priors_that_do_not_fit_are_refused(prior: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected 5 positive numbers"):
+        AdapterFusion(AdapterBank(adapters(), range(5), 5), prior=prior)

@@ -143,6 +143,46 @@ def test_every_composition_computes_its_equation(name: str, off: int | None) -> 
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [name for name, one in COMPOSITIONS.items() if "cross_fit" in one.settings])
+def test_each_text_has_its_own_sources_and_fold(name: str) -> None:
+    """In training, the sources that are active and the adapters of the own source may differ between texts."""
+    sources, x = sources_of(name), test_sequence.texts()
+    own, of_folds = 2, [adapters()[4], adapters()[1]]
+    slot = SlotSources(sources, TOTAL, own=(own,), folds={own: of_folds})
+    shared = share_of(name)
+    module = COMPOSITIONS[name].build(CompositionConfig(name, **NEEDED.get(name, {})), slot, shared).double().train()
+    torch.manual_seed(3)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    alone = COMPOSITIONS[name].build(
+        CompositionConfig(name, **NEEDED.get(name, {})), SlotSources(sources, TOTAL), shared
+    )
+    assert [p.shape for p in module.parameters()] == [p.shape for p in alone.parameters()]
+    active = [[0, 2, 3], [2, 3], [0, 2]]
+    on = torch.tensor([[n in every for n in range(TOTAL)] for every in active])
+    seen: dict[str, Tensor] = {}
+    for folds in ([1, 0, -1], None):
+        chosen = None if folds is None else torch.tensor(folds)
+        context = BatchContext(MASK, sources_on=on, folds=chosen, record=seen.__setitem__, slot="0.feedforward")
+        found = module(x, context)
+        for text in range(3):
+            fold = -1 if folds is None else folds[text]
+            main = sources if fold < 0 else {**sources, own: of_folds[fold]}
+            part = test_sequence.MASK[text : text + 1]
+            module_of = REFERENCES[name]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(test_sequence, "MASK", part)
+                patch.setattr(test_sequence, "adapters", lambda main=main: [main.get(n) for n in range(TOTAL)])
+                expected = module_of(module, x[text : text + 1], main, active[text])
+            torch.testing.assert_close(found[text : text + 1], expected, rtol=0, atol=1e-10)
+            weighed = seen["0.feedforward"][text].ne(0).any(0).tolist()
+            assert [n for n in range(TOTAL) if weighed[n]] == active[text]
+    wanted = [x, *module.parameters()]
+    none = BatchContext(MASK, sources_on=torch.zeros_like(on), folds=chosen)
+    for gradient in torch.autograd.grad(module(x, none).sum(), wanted, allow_unused=True):
+        assert gradient is None or (gradient.isfinite().all() and not gradient.any())
+
+
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_weights_of_the_sources_are_reported_as_declared(name: str) -> None:
     module, sources = built(name, share_of(name))
@@ -218,6 +258,14 @@ def test_keys_are_the_fields_and_nothing_else() -> None:
         assert {key for key in keys if key.startswith(f"{group}.")} == {f"{group}.{f.name}" for f in fields(config)}
 
 
+OTHER = {"prior": "own", "dropped": "own", "cross_fit": 2, "prior_own": 0.25}
+WITH: dict[str, dict[str, Any]] = {  # settings without which another has no effect
+    "prior_own": {"prior": "own"},
+    "prior_penalty": {"prior": "uniform"},
+    "dropped": {"source_dropout": 0.5},
+}
+
+
 def other_than(default: Any) -> Any:
     if isinstance(default, bool):
         return not default
@@ -234,9 +282,9 @@ def test_each_name_has_settings_that_are_fields_and_refuses_the_others(table: An
         assert set(getattr(entry, "shaping", ())) <= set(entry.settings)
         assert set(getattr(entry, "loss_terms", ())) <= set(entry.settings)
         for f in own:
-            value = other_than(default_of(f))
+            value = OTHER[f.name] if f.name in OTHER else other_than(default_of(f))
             if f.name in entry.settings:
-                assert getattr(config(name, **{f.name: value}), f.name) == value
+                assert getattr(config(name, **{f.name: value}, **WITH.get(f.name, {})), f.name) == value
                 continue
             with pytest.raises(UserError) as error:
                 config(name, **{f.name: value})
@@ -245,6 +293,36 @@ def test_each_name_has_settings_that_are_fields_and_refuses_the_others(table: An
             assert f"{config.group}={name} has no such setting" in str(error.value)
             assert str(error.value).endswith(f"{config.group}={' or '.join(having)}")
     assert config().is_default and not config(next(reversed(table))).is_default
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prior_own": 0.9}, "composition.prior_own=0.9: has no effect without composition.prior=own; leave it out"),
+        ({"prior_own": 0.9, "prior": "uniform"}, "composition.prior_own=0.9: has no effect"),
+        ({"prior_penalty": 0.1}, "has no effect without composition.prior=uniform or own; leave it out"),
+        ({"dropped": "own"}, "composition.dropped=own: has no effect without composition.source_dropout=0.5"),
+        ({"prior": "mine"}, "composition.prior=mine: expected one of uniform, own, or null for none"),
+        ({"source_dropout": 1.0}, "composition.source_dropout=1.0: expected a finite number >= 0 and < 1"),
+        ({"cross_fit": 1}, "composition.cross_fit=1: expected a whole number >= 2, or null for the own adapter itself"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        CompositionConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_the_prior_over_the_sources() -> None:
+    sources = SlotSources({}, 4, own=(1,))
+    assert CompositionConfig().prior_over(sources) is None
+    assert CompositionConfig(prior="uniform").prior_over(sources) == [0.25] * 4
+    own = CompositionConfig(prior="own", prior_own=0.7)
+    assert own.prior_over(sources) == pytest.approx([0.1, 0.7, 0.1, 0.1])
+    assert own.prior_over(SlotSources({}, 2, own=(0, 1))) == [0.5, 0.5]
+    null = CompositionConfig(prior="own", prior_own=0.7, null_source=True)
+    assert null.prior_over(sources) == pytest.approx([0.075, 0.7, 0.075, 0.075, 0.075])
+    assert null.prior_over(SlotSources({}, 1, own=(0,))) == pytest.approx([0.7, 0.3])
 
 
 # --- no other module compares a name ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from fusion.backbones.forward import last_hidden_states
 from fusion.backbones.load import Backbone
 from fusion.config.commands import RankConfig
 from fusion.config.compositions import CompositionConfig
-from fusion.config.data import DataConfig, LimitConfig
+from fusion.config.data import DataConfig
 from fusion.config.stages import StageConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
@@ -36,7 +36,7 @@ from fusion.model.build import build_composition, new_head, pooling_of
 from fusion.model.inference import device_of
 from fusion.model.source_attention import SourceAttention, measure_attention
 from fusion.store.artifacts import Artifact
-from fusion.store.compatibility import as_trained
+from fusion.store.compatibility import as_trained, limit_of
 from fusion.store.manifest import Manifest
 from fusion.training.fit import FitSpec, fit
 from fusion.training.module import Objective
@@ -134,7 +134,7 @@ def source_rows(source: Manifest, data: DataConfig, at_most: int, tokenizer: Any
         task = stored.as_config(source.name)
         errors = []
         for folder in _folders(source, data):
-            place = as_trained(source, DataConfig(dir=folder, limit=LimitConfig(train=limit)), task.name)
+            place = as_trained(source, DataConfig(dir=folder, limit=limit_of(source, limit)), task.name)
             try:
                 rows, _ = load_splits(task, place, ["train"], source.data.labels.get(str(task.name)))
             except UserError as error:
