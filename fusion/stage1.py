@@ -34,7 +34,14 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
 
     from fusion.analysis.unseen import check_unseen
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import configured_backbone, initialize_from, new_adapters, new_heads, tuning_of
+    from fusion.model.build import (
+        configured_backbone,
+        initialize_from,
+        initialize_heads,
+        new_adapters,
+        new_heads,
+        tuning_of,
+    )
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
     from fusion.training.stage import StageSpec, train_and_store
@@ -53,6 +60,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     head = new_heads(config.head, config.task_list, options.pooling, backbone)
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
     model = AdaptedModel(backbone, slot_modules, config.adapter.reads, head, dropout, checkpointing, tuning)
+    initialize_heads(config.head, model.heads, rows.training, config.task_list)
     initial = initialize_from(config, model, backbone)
     sizes = {slot: config.adapter.size_for(backbone.hidden_size) for slot in slot_modules}
     adapter = config.adapter.as_stored() | {"bottleneck_sizes": sizes} if slot_modules else None

@@ -42,7 +42,13 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     from fusion.analysis.initialization import initialize
     from fusion.analysis.unseen import check_unseen
     from fusion.model.adapted import AdaptedModel
-    from fusion.model.build import build_composition, configured_backbone, initialize_from, load_sources
+    from fusion.model.build import (
+        build_composition,
+        configured_backbone,
+        initialize_from,
+        initialize_heads,
+        load_sources,
+    )
     from fusion.store.artifacts import adopt
     from fusion.training.fit import use_deterministic_algorithms
     from fusion.training.module import Objective
@@ -71,6 +77,8 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     reads = sources[0].manifest.placement["adapter.reads"]
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
     model = AdaptedModel(backbone, slot_modules, reads, head, dropout, checkpointing)
+    if init.fusion is None:
+        initialize_heads(config.head, model.heads, rows.training, config.task_list)
     init.copy_weights(model)
     initial = initialize_from(config, model, backbone)
     objective = Objective(

@@ -106,6 +106,7 @@ class Composition:
 
     # Of (settings, sources of a slot, result of `share`). It may draw random numbers; slots are built layer by layer.
     build: Callable[[Any, SlotSources, Any], SlotModule]
+    rate: str  # key of the default learning rate, see `RATES`
     settings: tuple[str, ...] = ()  # fields of `CompositionConfig` that apply, in addition to `common`
     loss_terms: tuple[str, ...] = ()  # terms that its modules add to the loss, weighted by the setting of that name
     title: str = ""  # in reports; if empty, the key in the table
@@ -130,16 +131,17 @@ _ATTENTION = ("value_matrix", "temperature", "dropout", "value_penalty", "rank",
 _PENALTY = ("value_penalty", "prior_penalty")
 
 COMPOSITIONS: dict[str, Composition] = {
-    "adapterfusion": Composition(_adapterfusion, _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
-    "sequence": Composition(_sequence, _ATTENTION, _PENALTY),
-    "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ()), _SAMPLED),
-    MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ()), _SAMPLED),
-    "scalearn": Composition(_scalearn, _SAMPLED),
-    "scalearn_uniform": Composition(partial(_scalearn, uniform=True), _SAMPLED),
-    "scalearn_pp": Composition(_scalearn, _SAMPLED, share=_scales),
-    "scalearn_uniform_pp": Composition(_scalearn, _SAMPLED, share=lambda total, width: _scales(total, 1)),
+    "adapterfusion": Composition(_adapterfusion, "fusion", _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
+    "sequence": Composition(_sequence, "fusion", _ATTENTION, _PENALTY),
+    "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ()), "scales", _SAMPLED),
+    MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ()), "head", _SAMPLED),
+    "scalearn": Composition(_scalearn, "scales", _SAMPLED),
+    "scalearn_uniform": Composition(partial(_scalearn, uniform=True), "scales", _SAMPLED),
+    "scalearn_pp": Composition(_scalearn, "scales", _SAMPLED, share=_scales),
+    "scalearn_uniform_pp": Composition(_scalearn, "scales", _SAMPLED, share=lambda total, width: _scales(total, 1)),
     "average": Composition(
         _average,
+        "adapter",
         ("train",),
         no_weights=ONE_ADAPTER,
         share=lambda total, width: {},  # cached averages: layers that share adapters share their average
@@ -147,9 +149,14 @@ COMPOSITIONS: dict[str, Composition] = {
         one_shape=True,
     ),
     "pruned": Composition(
-        _adapterfusion, (*_ATTENTION, "train", "fusion", "keep"), _PENALTY, starts_from_sources=True, finds=KEPT
+        _adapterfusion,
+        "fusion",
+        (*_ATTENTION, "train", "fusion", "keep"),
+        _PENALTY,
+        starts_from_sources=True,
+        finds=KEPT,
     ),
-    "continued": Composition(_continued, no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
+    "continued": Composition(_continued, "adapter", no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
 
 # Settings that do not affect the output computed with stored weights.

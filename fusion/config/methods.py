@@ -43,6 +43,7 @@ class Method:
 
     kind: str  # of the stored artifact
     title: str  # in reports
+    rate: str  # key of the default learning rate, see `RATES`
     settings: tuple[str, ...] = ()  # fields of `MethodConfig` that apply to it
     shaping: tuple[str, ...] = ()  # settings that determine names, shapes or meaning of the stored weights
     # Of (settings, backbone); may modify the backbone in place. None if no backbone parameter is trained.
@@ -57,17 +58,18 @@ class Method:
 _LORA = ("rank", "alpha", "dropout", "targets")
 
 METHODS: dict[str, Method] = {
-    "adapter": Method(ADAPTER, "single adapter"),
-    "head": Method("head", "head"),
+    "adapter": Method(ADAPTER, "single adapter", "adapter"),
+    "head": Method("head", "head", "head"),
     "lora": Method(
-        "lora", "LoRA", _LORA, ("rank", "alpha", "targets"), partial(_tune, "lora", keys=_LORA), _check_lora
+        "lora", "LoRA", "lora", _LORA, ("rank", "alpha", "targets"), partial(_tune, "lora", keys=_LORA), _check_lora
     ),
-    "bitfit": Method("bitfit", "BitFit", tune=partial(_tune, "bitfit"), dtype="float32"),
-    "full": Method("full", "full fine-tuning", tune=partial(_tune, "full"), dtype="float32", whole=True),
-    "multitask_adapter": Method(ADAPTER, "multi-task adapter", ("temperature",), multitask=True),
+    "bitfit": Method("bitfit", "BitFit", "bitfit", tune=partial(_tune, "bitfit"), dtype="float32"),
+    "full": Method("full", "full fine-tuning", "full", tune=partial(_tune, "full"), dtype="float32", whole=True),
+    "multitask_adapter": Method(ADAPTER, "multi-task adapter", "adapter", ("temperature",), multitask=True),
     "multitask_full": Method(
         "full",
         "multi-task fine-tuning",
+        "full",
         ("temperature",),
         tune=partial(_tune, "full"),
         multitask=True,

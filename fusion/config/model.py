@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from fusion.config.fields import Settings, checked, choice, integer, layer_drop, layers, number, require, subset
+from fusion.config.training import RATES
 
 SITES = ("before_attention", "attention", "cross_attention", "feedforward")
 STACKS = ("encoder", "decoder")
@@ -30,6 +31,12 @@ class BackboneConfig(Settings, group="backbone"):
     gradient_checkpointing: bool = False  # saves memory: layers are recomputed in the backward pass
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
     accept_licence: bool = False  # of a backbone that is only available under such terms (Gemma)
+    # Default learning rates measured on this backbone, by what is trained; they replace those of `RATES`.
+    rates: dict[str, float] = checked(
+        {},
+        lambda rates: all(key in RATES and type(rate) in (int, float) and rate > 0 for key, rate in rates.items()),
+        f"numbers > 0 by what is trained: {', '.join(RATES)}",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +99,8 @@ class HeadConfig(Settings, group="head"):
     pooling: Optional[str] = choice(None, POOLINGS, null="backbone.pooling")
     layers: int = integer(1, 1, 2)  # 1: linear; 2: dense, tanh, linear
     dropout: float = number(0.1, ">= 0 and < 1")
+    # data: initially, the output is the prior of the classes, or the mean of the values, of the training labels
+    init: str = choice("data", ("data", "zero"))
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fusion.config.fields import MAX_SEED, Settings, choice, integer, number, re
 from fusion.config.methods import ADAPTER, METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
-from fusion.config.training import LoggerConfig, LossConfig, OptimConfig, TrainerConfig
+from fusion.config.training import RATES, LoggerConfig, LossConfig, OptimConfig, TrainerConfig
 from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
@@ -74,6 +74,8 @@ class StageConfig(Settings):
             "process has all weights; expected backbone.cache=off",
         )
         require_max_length(self.data)
+        if self.optim.lr is None:
+            self.optim.lr = self.backbone.rates.get(self.rate_key, RATES[self.rate_key])
         if self.task is not None:
             self.loss.check([self.task])
             require(
@@ -81,6 +83,11 @@ class StageConfig(Settings):
                 f"head.pooling={self.head.pooling}: {self.task.name} is a task of kind {self.task.kind}, whose head classifies each "
                 "word without pooling; leave it out",
             )
+
+    @property
+    def rate_key(self) -> str:
+        """Key of the default learning rate, see `RATES`."""
+        return "adapter"
 
     @property
     def task_list(self) -> list[TaskConfig]:
@@ -141,6 +148,10 @@ class Stage1Config(StageConfig):
         return super().task_list if self.tasks is None else list(self.tasks)
 
     @property
+    def rate_key(self) -> str:
+        return self.method.definition.rate
+
+    @property
     def kind(self) -> str:
         """Kind of the stored artifact."""
         return self.method.definition.kind
@@ -172,6 +183,10 @@ class Stage2Config(StageConfig):
             self.sources_by is None or str(self.sources).startswith("top:"),
             f"sources_by={self.sources_by}: only applies to sources=top:N; leave it out",
         )
+
+    @property
+    def rate_key(self) -> str:
+        return self.composition.definition.rate
 
     def _check_pruned(self) -> None:
         """Raise UserError if sources, head or settings are given, which a pruned fusion takes from the stored fusion."""

@@ -16,13 +16,29 @@ from fusion.text import listed, override
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 
 
+RATES = {"head": 5e-3, "adapter": 5e-4, "lora": 5e-4, "bitfit": 5e-4, "full": 5e-5, "fusion": 2e-4, "scales": 5e-3}
+"""Default learning rates by what is trained; `rates` of a backbone replaces them."""
+
+
 @dataclass
 class OptimConfig(Settings, group="optim"):
-    lr: float = number(1e-4, "> 0 and < 1000", hint=", such as 1e-4")
+    # The default depends on what is trained, see `Rates`; a training run replaces null.
+    lr: Optional[float] = number(
+        None, "> 0 and < 1000", hint=", such as 1e-4", null="the default of the backbone and the method"
+    )
     head_lr: Optional[float] = number(None, "> 0 and < 1000", hint=", such as 1e-3", null="optim.lr")
     weight_decay: float = number(0.01, ">= 0")
     warmup: float = number(0.06, ">= 0 and <= 1", hint=", a fraction of all optimizer steps")
+    # Unless trainer.max_epochs is set: the number of epochs, or as many as `min_steps` optimizer steps need.
+    epochs: int = integer(30, 1)
+    min_steps: int = integer(300, 0)
     patience: Optional[int] = integer(3, 1, hint=" epoch", null="no early stopping")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of a training run, whose config has a number."""
+        assert self.lr is not None
+        return self.lr
 
 
 def _are_class_weights(value: Any) -> bool:
@@ -86,7 +102,9 @@ class TrainerConfig(Settings, group="trainer"):
     fast_dev_run: Any = checked(
         False, lambda value: isinstance(value, int) and value >= 0, "true, false, or a number of batches >= 0"
     )
-    max_epochs: Optional[int] = integer(30, 1, hint=" (the learning rate reaches zero at this epoch)")
+    max_epochs: Optional[int] = integer(
+        None, 1, hint=" (the learning rate reaches zero at this epoch)", null="optim.epochs and optim.min_steps"
+    )
     min_epochs: Optional[int] = integer(None, 0, null="none")
     max_steps: int = checked(
         -1,

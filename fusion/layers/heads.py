@@ -49,10 +49,19 @@ class TaskHead(nn.Module):
         outputs: K; 1 for regression and for each choice in multiple choice.
         pooling: cls, last, mean, or words (logits per word).
         dropout: dropout probability before each linear layer.
+        scale, shift: the logits are the output of the last layer times `scale`, plus `shift`. For a regression, they
+            are standard deviation and mean of the training labels.
     """
 
     def __init__(
-        self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
+        self,
+        hidden_size: int,
+        outputs: int,
+        pooling: str = "cls",
+        layers: int = 1,
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        shift: float = 0.0,
     ) -> None:
         super().__init__()
         if layers not in (1, 2):
@@ -60,6 +69,7 @@ class TaskHead(nn.Module):
         if pooling not in ("cls", "last", "mean", "words"):
             raise ValueError(f"pooling {pooling!r}: expected cls, last, mean or words")
         self.pooling = pooling
+        self.scale, self.shift = scale, shift
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(hidden_size, hidden_size) if layers == 2 else None
         self.output = nn.Linear(hidden_size, outputs)
@@ -77,13 +87,17 @@ class TaskHead(nn.Module):
         if self.dense is not None:
             pooled = torch.tanh(self.dense(self.dropout(pooled)))
         logits: Tensor = self.output(self.dropout(pooled))
+        if (self.scale, self.shift) != (1.0, 0.0):
+            logits = logits * self.scale + self.shift
         return logits if words is None else logits.masked_fill((words < 0).unsqueeze(-1), float("-inf"))
 
     @property
     def shape(self) -> dict[str, Any]:
         """Constructor arguments, except for the hidden size."""
         layers, outputs = 1 if self.dense is None else 2, self.output.out_features
-        return {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
+        shape = {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
+        affine = {"scale": self.scale, "shift": self.shift}
+        return shape if (self.scale, self.shift) == (1.0, 0.0) else shape | affine
 
     def state(self) -> dict[str, nn.Parameter]:
         """Return the stored parameters, such as `output.weight`."""

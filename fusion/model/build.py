@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusion.backbones import load
 from fusion.backbones.load import Backbone
 from fusion.backbones.slots import SlotAddress
@@ -16,6 +18,7 @@ from fusion.config.methods import MethodConfig
 from fusion.config.model import SITES, AdapterConfig, BackboneConfig, HeadConfig, SameBackboneConfig, kept_layers
 from fusion.config.stages import StageConfig
 from fusion.config.task import TaskConfig
+from fusion.data.encode import EncodedRows
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
 from fusion.layers.heads import TaskHead, TaskHeads
@@ -33,7 +36,7 @@ from fusion.store.artifacts import Artifact, copy_stored, load_by_hash, match_ke
 from fusion.store.artifacts import load as load_artifact
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import Manifest
+from fusion.store.manifest import AFFINE, Manifest
 from fusion.tasks.table import kind_of
 
 log = logging.getLogger(__name__)
@@ -170,6 +173,22 @@ def new_heads(
     return TaskHeads(heads) if len(heads) > 1 else next(iter(heads.values()))
 
 
+def initialize_heads(
+    config: HeadConfig, heads: Sequence[TaskHead], rows: Sequence[EncodedRows], tasks: Sequence[TaskConfig]
+) -> None:
+    """Let new heads initially output the prior of the training labels, unless `head.init=zero`."""
+    if config.init == "zero":
+        return
+    for head, encoded, task in zip(heads, rows, tasks, strict=True):
+        assert encoded.labels is not None
+        kind = kind_of(task)
+        head.scale, head.shift = kind.affine(encoded.labels)
+        bias = kind.initial_bias(task, encoded.labels, encoded.class_weights)
+        if bias is not None:
+            with torch.no_grad():
+                head.output.bias.copy_(torch.from_numpy(bias))
+
+
 def load_sources(references: Sequence[str], store: Path, backbone: Backbone) -> list[Artifact]:
     """Load the source adapters, in order. Raises UserError if one is missing, damaged or incompatible."""
     sources = [load_artifact(reference, store) for reference in references]
@@ -252,6 +271,8 @@ def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone
     copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)
     if _heads_match(config.task_list, manifest, model):
         copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
+        for head, stored in zip(model.heads, manifest.heads, strict=True):
+            head.scale, head.shift = stored.scale, stored.shift
         log.info("initialized weights and head from %s", manifest.name)
     else:
         log.info("initialized weights from %s; the head is new, since its task or shape differs", manifest.name)
@@ -265,6 +286,6 @@ def _heads_match(tasks: Sequence[TaskConfig], manifest: Manifest, model: Adapted
         return False
     return len(manifest.heads) == len(tasks) and all(
         (before.kind, before.labels) == (task.kind, task.labels)
-        and stored.shape | {"dropout": head.dropout.p} == head.shape
+        and stored.shape | {"dropout": head.dropout.p} | AFFINE == head.shape | AFFINE
         for before, stored, task, head in zip(manifest.tasks, manifest.heads, tasks, model.heads, strict=True)
     )

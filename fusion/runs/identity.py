@@ -12,7 +12,7 @@ from fusion.config.compositions import CompositionConfig
 from fusion.config.data import SplitConfig
 from fusion.config.fields import default_of
 from fusion.config.methods import MethodConfig
-from fusion.config.training import LossConfig
+from fusion.config.training import LossConfig, OptimConfig
 from fusion.errors import UserError
 from fusion.text import flat, is_within
 
@@ -20,7 +20,7 @@ from fusion.text import flat, is_within
 NOT_IDENTITY = (
     *("logger", "store", "name", "overwrite", "resume", "checkpoint_minutes", "hydra"),
     *("data.cache_dir", "data.workers", "backbone.gradient_checkpointing", "backbone.cache_gb"),
-    "backbone.accept_licence",
+    *("backbone.accept_licence", "backbone.rates"),  # the learning rate is in optim.lr
 )
 NOT_IDENTITY_TRAINER = (
     *("accelerator", "strategy", "devices", "num_nodes", "num_sanity_val_steps", "log_every_n_steps"),
@@ -33,6 +33,8 @@ NOT_IDENTITY_TRAINER = (
 def _defaults(group: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     return {f"{group.group}.{f.name}": default_of(f) for f in fields(group) if f.name not in without}
 
+
+_OPTIM_ADDED = ("epochs", "min_steps")
 
 # Keys added after the first stores, with their defaults. Defaults are omitted from the identity, so that runs from
 # before the key existed keep their identity.
@@ -52,6 +54,8 @@ ADDED_LATER: dict[str, Any] = {
     "data.limit.train_seed": None,
     **_defaults(SplitConfig),
     "init_from": None,
+    "head.init": "zero",
+    **{f"optim.{key}": default_of(next(f for f in fields(OptimConfig) if f.name == key)) for key in _OPTIM_ADDED},
     **_defaults(LossConfig),
 }
 

@@ -48,6 +48,9 @@ class Choice(Classification):
         correct = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return (1 - smoothing) * correct + smoothing * uniform
 
+    def initial_bias(self, task: Task, labels: NDArray[Any], class_weights: Any) -> None:
+        """Return `None`, since a bias is equal for all choices."""
+
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         import numpy as np
 

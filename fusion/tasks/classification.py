@@ -13,7 +13,10 @@ from fusion.tasks.task import Task
 from fusion.text import listed, repeated, shortened
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from fusion.tasks.kind import Floats
 
 
 def check_labels(task: Task, where: str, least: int = 2) -> None:
@@ -51,6 +54,14 @@ class Classification(Kind):
         from torch.nn import functional as F
 
         return F.cross_entropy(logits, labels, weight=weight, reduction="none", label_smoothing=smoothing)
+
+    def initial_bias(self, task: Task, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
+        """Return the log prior of the classes, with one more example of each class, so that it is finite."""
+        import numpy as np
+
+        counts = np.bincount(labels[labels >= 0], minlength=self.head_outputs(task)) + 1.0
+        log_prior = np.log(counts if class_weights is None else counts * class_weights)
+        return np.asarray(log_prior - log_prior.mean())
 
     def outputs(self, logits: Tensor) -> list[Any]:
         return logits.argmax(-1).tolist()

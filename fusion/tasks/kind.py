@@ -91,13 +91,25 @@ class Kind(ABC):
         """Return K, by default one output per label."""
         return len(task.labels or [])
 
-    def make_head(
-        self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
-    ) -> TaskHead:
-        """Create a head: (texts, tokens, hidden) -> (texts, K), or (B, words, K) regardless of `pooling`."""
+    def make_head(self, hidden_size: int, outputs: int, pooling: str = "cls", **options: Any) -> TaskHead:
+        """Create a head: (texts, tokens, hidden) -> (texts, K), or (B, words, K) regardless of `pooling`.
+
+        `options`: see `TaskHead`.
+        """
         from fusion.layers.heads import TaskHead
 
-        return TaskHead(hidden_size, outputs, "words" if self.items == "words" else pooling, layers, dropout)
+        return TaskHead(hidden_size, outputs, "words" if self.items == "words" else pooling, **options)
+
+    def initial_bias(self, task: Task, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
+        """Return the bias (K,) with which a head that ignores its input predicts the label distribution.
+
+        `None` for zeros.
+        """
+        return None
+
+    def affine(self, labels: NDArray[Any]) -> tuple[float, float]:
+        """Return `scale` and `shift` of a new head, see `TaskHead`."""
+        return 1.0, 0.0
 
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:

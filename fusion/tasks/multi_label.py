@@ -78,6 +78,15 @@ class MultiLabel(Kind):
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         return math.log(2)
 
+    def initial_bias(
+        self, task: Task, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
+    ) -> NDArray[np.float64] | None:
+        """Return the log odds of each label, with one more example with it and one without it."""
+        import numpy as np
+
+        positive = labels.sum(0) + 1.0
+        return np.asarray(np.log(positive) - np.log(len(labels) + 2.0 - positive))
+
     def outputs(self, logits: Tensor) -> list[Any]:
         """Return the probability of each label."""
         return logits.float().sigmoid().tolist()

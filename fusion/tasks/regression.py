@@ -49,6 +49,13 @@ class Regression(Kind):
 
         return float(np.mean(labels.astype(np.float64) ** 2))
 
+    def affine(self, labels: NDArray[Any]) -> tuple[float, float]:
+        """Return standard deviation and mean of the labels."""
+        import numpy as np
+
+        values = labels.astype(np.float64)
+        return float(values.std()) or 1.0, float(values.mean())
+
     def outputs(self, logits: Tensor) -> list[Any]:
         return logits.float().squeeze(-1).tolist()
 

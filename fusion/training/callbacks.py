@@ -40,12 +40,14 @@ class Best(Callback):
 
     Its decisions depend only on the metrics so far, so a resumed run makes the same decisions, unlike with Lightning's
     EarlyStopping and ModelCheckpoint. Only rank 0 keeps the weights, on the CPU. `monitor` is the metric that selects
-    the best epoch: higher is better, and the earliest epoch wins ties. With `patience=None`, it never stops early.
+    the best epoch: higher is better, and the earliest epoch wins ties. With `patience=None`, it never stops early;
+    otherwise after `patience` evaluations without a better one, not counting those in the first `min_epochs` epochs.
     """
 
     def __init__(self, monitor: str, patience: int | None) -> None:
         self._monitor = monitor
         self._patience = patience
+        self.min_epochs = 0.0
         self.weights: dict[str, torch.Tensor] | None = None
         self.predicted: dict[str, RowPredictions] = {}  # by split
         self.decisions: dict[str, Decision] = {}  # by task
@@ -65,7 +67,10 @@ class Best(Callback):
     def _stop_early(self, trainer: Trainer, pl_module: Any) -> None:
         history, monitor, patience = pl_module.history, self._monitor, self._patience
         best = best_epoch(history, monitor)
-        if patience is None or not history or len(history) - 1 - history.index(best) < patience:
+        if patience is None or not history:
+            return
+        later = [one for one in history if one["epoch"] > max(best["epoch"], self.min_epochs)]
+        if len(later) < patience:
             return
         trainer.should_stop = True
         if trainer.is_global_zero and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
@@ -99,9 +104,10 @@ class EpochLine(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         loss = pl_module.epoch_loss.mean()  # collective
-        if not trainer.is_global_zero:
-            return
         scores = pl_module.scores_of(trainer.current_epoch + 1) or {}
+        every = trainer.check_val_every_n_epoch or 1
+        if not trainer.is_global_zero or (every > 1 and not scores):  # short epochs without an evaluation
+            return
         shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items() if name != "epoch")
         best = bool(scores) and best_epoch(pl_module.history, self._monitor) is scores
         done, batches = internals.batches_done(trainer), trainer.num_training_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from fusion.config.stages import StageConfig
-from fusion.config.training import TrainerConfig
+from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.loaders import evaluation_loader, largest_batch, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError, first_line
@@ -95,6 +96,7 @@ def fit(spec: FitSpec) -> Fit:
     splits = {name: tasks[split.task] for name, split in rows.validation.items()}
     monitor = main_metric(splits)
     interrupts, speed = Interrupts(), Speed()
+    planned = settings.max_epochs is None and not settings.fast_dev_run
     best = Best(monitor, config.optim.patience)
     memory = OutOfMemory(config.data, settings, model.gradient_checkpointing)
     folder = checkpoints if settings.enable_checkpointing and not settings.fast_dev_run else None
@@ -112,10 +114,18 @@ def fit(spec: FitSpec) -> Fit:
     weights = [split.class_weights for split in rows.training]
     module = TaskModule(model, tasks, config.optim, objective, splits, features, config.seed, weights)
     batches, evaluation = _loaders(config, rows, objective.temperature, trainer)
+    if planned:
+        epochs, every, best.min_epochs = planned_epochs(config.optim, settings, len(batches))
+        internals.set_epochs(trainer, epochs, every)
+        if epochs > config.optim.epochs:
+            log.info(
+                "%d epochs of %d batches, for optim.min_steps=%d; evaluated every %d epochs",
+                *(epochs, len(batches), config.optim.min_steps, every),
+            )
     if last is not None:
         epoch, batch = last["position"]["epoch"], last["position"]["batch"]
         cast(EpochBatches, batches.sampler).resume(epoch, batch)
-        done = epoch >= (settings.max_epochs or 1)
+        done = epoch >= (trainer.max_epochs or 1)
         log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
     return_freed_memory()  # the peak is measured from now on
     speed.start(device)
@@ -161,6 +171,25 @@ def fit(spec: FitSpec) -> Fit:
         broken=broken,
         diverged=diverged,
     )
+
+
+def planned_epochs(optim: OptimConfig, trainer: TrainerConfig, batches: int) -> tuple[int, int | None, float]:
+    """Return the number of epochs, after how many of them the model is evaluated, and the epochs of `optim.min_steps`.
+
+    There are `optim.epochs`, or as many as it takes to train `optim.min_steps` (or, if it is set, `trainer.max_steps`)
+    optimizer steps. With more than `optim.epochs`, the model is evaluated at most that many times, since a small
+    training split may come with a large validation split.
+    """
+    limit = trainer.limit_train_batches
+    if limit is not None:
+        batches = min(batches, limit) if type(limit) is int else int(batches * limit)
+    steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    epochs = max(optim.epochs, math.ceil(max(optim.min_steps, trainer.max_steps) / steps))
+    least = optim.min_steps / steps
+    if trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval is not None:
+        return epochs, trainer.check_val_every_n_epoch, least
+    every = math.ceil(epochs / optim.epochs)
+    return math.ceil(epochs / every) * every, every, least
 
 
 def _expected_memory(

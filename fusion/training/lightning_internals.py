@@ -40,6 +40,16 @@ def leave_signals_alone(trainer: lightning.Trainer) -> None:
     cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None
 
 
+def set_epochs(trainer: lightning.Trainer, epochs: int, evaluate_every: int | None) -> None:
+    """Set the number of epochs, and after how many of them the model is evaluated.
+
+    They depend on the number of batches, and this on the number of processes, which the trainer determines. No public
+    method changes them.
+    """
+    trainer.fit_loop.max_epochs = epochs
+    cast(Any, trainer).check_val_every_n_epoch = evaluate_every
+
+
 def checkpoint_content(trainer: lightning.Trainer) -> dict[str, Any]:
     """Return a checkpoint as a dict. `Trainer.save_checkpoint` has a barrier, but only rank 0 writes checkpoints."""
     return cast(Any, trainer)._checkpoint_connector.dump_checkpoint(weights_only=False)

@@ -269,7 +269,7 @@ def adamw(model: AdaptedModel, optim: OptimConfig, fused: bool = True) -> torch.
     undecayed = model.undecayed()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.trainable().items():
-        rate = optim.head_lr or optim.lr if name.startswith("head.") else optim.lr
+        rate = optim.head_lr or optim.rate if name.startswith("head.") else optim.rate
         decay = 0.0 if name in undecayed else optim.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     devices = {parameter.device.type for parameter in model.trainable().values()}

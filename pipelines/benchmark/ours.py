@@ -46,7 +46,7 @@ from pipelines.benchmark.worker import Model, TokenBatch, Worker, serve, synchro
 
 LABELS = [str(k) for k in range(cases.OUTPUTS)]
 TASK = TaskConfig(name="benchmark", text="text", labels=LABELS, metrics=["accuracy"])
-OPTIM = OptimConfig()
+OPTIM = OptimConfig(lr=1e-4)
 aten = torch.ops.aten
 FIRST_OPERAND = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 
@@ -67,7 +67,7 @@ class OurModel(Model):
         if case.method == cases.FULL:
             self.adapted.requires_grad_(True)
             parameters = self.adapted.parameters()
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=OPTIM.lr, fused=True)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=OPTIM.rate, fused=True)
         else:
             self.optimizer = adamw(self.adapted, OPTIM)
 
