@@ -46,7 +46,7 @@ class Settings:
 def checked(default: Any, accepts: Callable[[Any], bool], expected: str) -> Any:
     """Return a field whose values must satisfy `accepts`; `expected` completes "KEY=VALUE: expected ..."."""
     metadata = {"accepts": accepts, "expected": expected}
-    if isinstance(default, (list, dict)):
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 

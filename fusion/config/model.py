@@ -15,6 +15,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 POOLINGS = ("cls", "last", "mean")
 
 
+def _are_rates(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    return all(key in RATES and type(rate) in (int, float) and rate > 0 for key, rate in value.items())
+
+
 @dataclass
 class BackboneConfig(Settings, group="backbone"):
     name_or_path: str = checked("???", bool, "a Hub id or a folder")
@@ -32,11 +38,7 @@ class BackboneConfig(Settings, group="backbone"):
     trust_remote_code: bool = False  # run the Python code that comes with the backbone
     accept_licence: bool = False  # of a backbone that is only available under such terms (Gemma)
     # Default learning rates measured on this backbone, by what is trained; they replace those of `RATES`.
-    rates: dict[str, float] = checked(
-        {},
-        lambda rates: all(key in RATES and type(rate) in (int, float) and rate > 0 for key, rate in rates.items()),
-        f"numbers > 0 by what is trained: {', '.join(RATES)}",
-    )
+    rates: Any = checked(None, _are_rates, f"numbers > 0 by what is trained ({', '.join(RATES)}), or null for none")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,7 +75,7 @@ class StageConfig(Settings):
         )
         require_max_length(self.data)
         if self.optim.lr is None:
-            self.optim.lr = self.backbone.rates.get(self.rate_key, RATES[self.rate_key])
+            self.optim.lr = {**RATES, **(self.backbone.rates or {})}[self.rate_key]
         if self.task is not None:
             self.loss.check([self.task])
             require(

@@ -48,6 +48,10 @@ class Choice(Classification):
         correct = losses.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         return (1 - smoothing) * correct + smoothing * uniform
 
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        """Return `zero_score_loss`, since equal logits of all choices are the only constant."""
+        return self.zero_score_loss(task, labels, choice_counts)
+
     def initial_bias(self, task: Task, labels: NDArray[Any], class_weights: Any) -> None:
         """Return `None`, since a bias is equal for all choices."""
 

@@ -13,6 +13,7 @@ from fusion.tasks.task import Task
 from fusion.text import listed, repeated, shortened
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -29,6 +30,26 @@ def check_labels(task: Task, where: str, least: int = 2) -> None:
         raise UserError(f"{what}: duplicate {listed(twice)}; expected each name once")
     if task.label_values is not None and len(task.label_values) != len(names):
         raise UserError(f"{where}: label_values has {len(task.label_values)} entries for {len(names)} labels")
+
+
+def log_prior(labels: NDArray[Any], count: int, class_weights: Floats | None = None) -> Floats:
+    """Return the log prior of `count` classes with mean 0, with one more example of each, so that it is finite.
+
+    Negative labels are padding.
+    """
+    import numpy as np
+
+    counts = np.bincount(labels[labels >= 0], minlength=count) + 1.0
+    found = np.log(counts if class_weights is None else counts * class_weights)
+    return np.asarray(found - found.mean())
+
+
+def label_entropy(labels: NDArray[Any]) -> float:
+    """Return the entropy of the label distribution in nats; negative labels are padding."""
+    import numpy as np
+    from scipy.stats import entropy
+
+    return float(entropy(np.bincount(labels[labels >= 0])))
 
 
 class Classification(Kind):
@@ -56,12 +77,10 @@ class Classification(Kind):
         return F.cross_entropy(logits, labels, weight=weight, reduction="none", label_smoothing=smoothing)
 
     def initial_bias(self, task: Task, labels: NDArray[Any], class_weights: Floats | None) -> Floats | None:
-        """Return the log prior of the classes, with one more example of each class, so that it is finite."""
-        import numpy as np
+        return log_prior(labels, self.head_outputs(task), class_weights)
 
-        counts = np.bincount(labels[labels >= 0], minlength=self.head_outputs(task)) + 1.0
-        log_prior = np.log(counts if class_weights is None else counts * class_weights)
-        return np.asarray(log_prior - log_prior.mean())
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        return label_entropy(labels)
 
     def outputs(self, logits: Tensor) -> list[Any]:
         return logits.argmax(-1).tolist()

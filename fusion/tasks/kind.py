@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,15 @@ class Kind(ABC):
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         """Return the mean loss of all-zero logits, without class weights or label smoothing."""
         return math.log(max(1, self.head_outputs(task)))
+
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        """Return the lowest mean loss of logits that are equal for all examples, without class weights."""
+        return self.zero_score_loss(task, labels, choice_counts)
+
+    def constant(self, labels: Sequence[Any]) -> list[Any]:
+        """Return predictions that are equal for all examples: the most frequent label. Empty if there is no such label."""
+        ((most, _),) = Counter(map(repr, labels)).most_common(1)
+        return [next(label for label in labels if repr(label) == most)] * len(labels)
 
     @abstractmethod
     def outputs(self, logits: Tensor) -> list[Any]:

@@ -78,6 +78,13 @@ class MultiLabel(Kind):
     def zero_score_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
         return math.log(2)
 
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        """Return the entropy of the occurrence of a label, averaged over labels."""
+        from scipy.stats import entropy
+
+        share = labels.mean(0)
+        return float(entropy([share, 1 - share]).mean())
+
     def initial_bias(
         self, task: Task, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
     ) -> NDArray[np.float64] | None:

@@ -49,6 +49,16 @@ class Regression(Kind):
 
         return float(np.mean(labels.astype(np.float64) ** 2))
 
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        """Return the variance of the labels."""
+        import numpy as np
+
+        return float(np.var(labels.astype(np.float64)))
+
+    def constant(self, labels: Sequence[Any]) -> list[Any]:
+        """Return no predictions, since the correlation with a constant is undefined."""
+        return []
+
     def affine(self, labels: NDArray[Any]) -> tuple[float, float]:
         """Return standard deviation and mean of the labels."""
         import numpy as np

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusion.errors import UserError
-from fusion.tasks.classification import check_labels
+from fusion.tasks.classification import check_labels, label_entropy, log_prior
 from fusion.tasks.columns import Column
 from fusion.tasks.kind import Decision, Kind, Lines, RawLabels
 from fusion.tasks.labels import LabelFormat, Labels
@@ -93,6 +93,20 @@ class Tagging(Kind):
     def loss_weights(self, labels: NDArray[Any], class_weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
         """Return the number of words of each sentence."""
         return (labels >= 0).sum(-1).astype(float)
+
+    def initial_bias(
+        self, task: Task, labels: NDArray[Any], class_weights: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        return log_prior(labels, self.head_outputs(task))
+
+    def constant_loss(self, task: Task, labels: NDArray[Any], choice_counts: NDArray[np.int64] | None) -> float:
+        return label_entropy(labels)
+
+    def constant(self, labels: Sequence[Any]) -> list[Any]:
+        """Return the most frequent tag for each word."""
+        words = [tag for row in labels for tag in row]
+        most = super().constant(words)[:1]
+        return [most * len(row) for row in labels]
 
     def mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.loss(logits, labels).sum() / (labels >= 0).sum()

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from fusion.config.stages import StageConfig
-from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.config.training import LossConfig, OptimConfig, TrainerConfig
 from fusion.data.batches import EpochBatches, TaskBatches
 from fusion.data.loaders import evaluation_loader, largest_batch, training_loader
 from fusion.errors import LossNotFinite, TrainingError, UserError, first_line
@@ -34,7 +34,7 @@ from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, c
 from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.frozen_weights import FrozenWeights
 from fusion.training.guard import Guard
-from fusion.training.losses import divergence
+from fusion.training.losses import divergence, not_learned
 from fusion.training.memory import Memory, available, expected_memory, in_bytes
 from fusion.training.module import Objective, TaskModule
 from fusion.training.predictions import RowPredictions, main_metric
@@ -59,6 +59,7 @@ class Fit:
     decisions: dict[str, Decision]  # decision parameters of the predictions, by task, see `Kind.decision`
     broken: str | None = None  # error message if training stopped because the loss was not finite
     diverged: dict[str, float] | None = None  # see `divergence`
+    not_learned: dict[str, Any] = field(default_factory=dict)  # see `fusion.training.losses.not_learned`
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def fit(spec: FitSpec) -> Fit:
         if not module.history:  # nothing is trainable, or max_steps or max_time was reached in the first epoch
             trainer.validate(module, evaluation, verbose=False)
     measured = speed.result(trainer.world_size)
-    diverged = divergence(module.epoch_loss.figures(), rows.training, tasks)
+    figures = module.epoch_loss.figures()
+    diverged = divergence(figures, rows.training, tasks)
     scores = best_epoch(module.history, monitor)
     if trainer.is_global_zero:
         if speed.expected is not None or settings.shards:
@@ -161,6 +163,12 @@ def fit(spec: FitSpec) -> Fit:
             copy_into(model.trainable(), best.weights, checkpoints)
         _check_finite(model)
     source = module if best.weights is None else best
+    plain = len(tasks) == 1 and config.loss == LossConfig() and objective.sampling is None
+    firsts = [next(name for name, split in rows.validation.items() if split.task == n) for n in range(len(tasks))]
+    unlearned = {}
+    if scores and model.trainable() and diverged is None and broken is None:
+        labels = {name: source.predicted[name].labels for name in firsts}
+        unlearned = not_learned(figures if plain else None, rows.training, tasks, scores, labels)
     return Fit(
         metrics={split: {m: scores[f"{split}/{m}"] for m in task.metrics} for split, task in splits.items() if scores},
         best_epoch=int(scores.get("epoch", 0)) if model.trainable() else 0,
@@ -170,6 +178,7 @@ def fit(spec: FitSpec) -> Fit:
         decisions=source.decisions,
         broken=broken,
         diverged=diverged,
+        not_learned=unlearned,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fusion.training.processes import gathered
 
 _SHOWN = 8  # examples in a message
 _DIVERGED = 3.0  # factor in `divergence`
+_NOT_FALLEN = 0.95  # factor in `not_learned`
 
 
 class Losses:
@@ -101,6 +103,42 @@ class EpochLoss:
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def not_learned(
+    figures: tuple[float, float] | None,
+    training: Sequence[EncodedRows],
+    tasks: Sequence[TaskConfig],
+    scores: Mapping[str, float],
+    labels: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """Return the signs that a run has not learned its task, for result.json; empty if there are none.
+
+    `{"score", "majority"}`: the task's first metric on its first validation split is not above that of predicting the
+    most frequent label. `{"train_loss", "constant_loss"}`: the mean task loss of the last epoch is above 95 % of that of
+    the best constant prediction. The first of multiple tasks is returned, as `task`.
+
+    Args:
+        figures: result of `EpochLoss.figures`, if the loss is unweighted and of a single task; else `None`.
+        training: one split per task.
+        scores: metrics of the best epoch, such as `validation/accuracy`.
+        labels: of the evaluated examples, by validation split; the first split of each task is used.
+    """
+    for rows, task, (split, own) in zip(training, tasks, labels.items(), strict=True):
+        kind, found = kind_of(task), dict[str, Any]()
+        metric = f"{split}/{task.metrics[0]}"
+        if constant := kind.constant(own):
+            majority = kind.metrics(task, own, constant)[task.metrics[0]]
+            if scores.get(metric, math.inf) <= majority:
+                found |= {"metric": metric, "score": scores[metric], "majority": majority}
+        if figures is not None:
+            assert rows.labels is not None
+            lowest = kind.constant_loss(task, rows.labels, rows.choice_counts)
+            if figures[1] > _NOT_FALLEN * lowest:
+                found |= {"train_loss": figures[1], "constant_loss": lowest}
+        if found:
+            return {"task": task.name, **found}
+    return {}
 
 
 def divergence(

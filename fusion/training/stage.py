@@ -93,7 +93,7 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
             )
         path = _store(spec, manifest, config.overwrite)
         log.info("stored %s", path)
-        _log_findings(fitted)
+        _log_findings(fitted, config)
         stored = read_folder(path)
         result = result_of(stored, path)
         predicted = {split: one.as_stored(spec.rows.validation[split]) for split, one in fitted.predicted.items()}
@@ -145,16 +145,43 @@ def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
         ) from error
 
 
-def _log_findings(fitted: Fit) -> None:
+def _log_findings(fitted: Fit, config: StageConfig) -> None:
     if (diverged := fitted.diverged) is not None:
         log.warning(
             f"training diverged: the training loss of the last epoch is {diverged['train_loss']:.4g}, above the limit "
             f"of {diverged['limit']:.4g}. The best epoch, {fitted.best_epoch}, was saved; lower optim.lr or increase "
             "optim.warmup"
         )
+    if found := fitted.not_learned:
+        log.warning(
+            "the model has not learned %s: %s\nIncrease %s or optim.lr (now %g), add training examples, or check the labels",
+            *(found["task"], _signs(found), _longer(config), config.optim.rate),
+        )
     for name, decision in fitted.decisions.items():
         for key, value in decision.items():
             log.info("%s: %s %.4f, selected on the validation split and saved", name, key, value)
+
+
+def _signs(found: Mapping[str, Any]) -> str:
+    signs = []
+    if "score" in found:
+        signs.append(
+            "{metric} {score:.4f} is not above {majority:.4f}, that of the most frequent label".format_map(found)
+        )
+    if "train_loss" in found:
+        signs.append(
+            "the training loss of the last epoch is {train_loss:.4g}, that of a constant prediction "
+            "{constant_loss:.4g}".format_map(found)
+        )
+    return "; ".join(signs)
+
+
+def _longer(config: StageConfig) -> str:
+    """Return the setting that extends the training."""
+    trainer, optim = config.trainer, config.optim
+    if trainer.max_epochs is not None:
+        return f"trainer.max_epochs (now {trainer.max_epochs})"
+    return f"optim.min_steps (now {optim.min_steps})"
 
 
 def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
@@ -176,6 +203,7 @@ def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
         "speed": fitted.speed,
         "sources": [source.name for source in spec.sources],
     }
+    result |= {"not_learned": fitted.not_learned} if fitted.not_learned else {}
     return result if fitted.diverged is None else result | {"diverged": fitted.diverged}
 
 

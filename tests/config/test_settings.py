@@ -19,9 +19,11 @@ from omegaconf import OmegaConf
 from fusion.cli.config_sources import TABLES, conf_folder, keys_of
 from fusion.cli.messages import explain
 from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
+from fusion.config.compositions import COMPOSITIONS
+from fusion.config.methods import METHODS
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
-from fusion.config.training import TrainerConfig
+from fusion.config.training import RATES, TrainerConfig
 from fusion.errors import UserError
 from pipelines.benchmark.config import BenchmarkConfig
 
@@ -135,10 +137,33 @@ def test_defaults_are_typed(command: str) -> None:
     assert isinstance(typed(command), SCHEMAS[command])
 
 
+@pytest.mark.parametrize(
+    ("command", "overrides", "rate"),
+    [
+        ("stage1", ["method=lora", "backbone.rates={lora:0.25,adapter:0.5}"], 0.25),
+        ("stage1", ["method=head", "backbone.rates={lora:0.25,adapter:0.5}"], RATES["head"]),
+        ("stage1", ["method=full"], RATES["full"]),
+        ("stage1", ["backbone.rates={adapter:0.5}", "optim.lr=3e-3"], 3e-3),
+        ("stage2", ["backbone.rates={fusion:0.125}"], 0.125),
+        ("stage2", ["composition=scalearn", "backbone.rates={fusion:0.125}"], RATES["scales"]),
+        ("stage2", ["composition=mean"], RATES["head"]),
+        ("stage2", ["composition=average", "composition.train=true"], RATES["adapter"]),
+    ],
+)
+def test_the_default_learning_rate_depends_on_backbone_and_method(
+    command: str, overrides: list[str], rate: float
+) -> None:
+    assert typed(command, *overrides).optim.lr == rate
+
+
+def test_every_method_and_composition_has_a_default_learning_rate() -> None:
+    assert {one.rate for one in (*METHODS.values(), *COMPOSITIONS.values())} == RATES.keys()
+
+
 def test_default_values() -> None:
     one, two = typed("stage1"), typed("stage2")
-    assert (one.optim.lr, one.trainer.max_epochs) == (1e-4, 30)
-    assert (two.optim.lr, two.trainer.max_epochs) == (5e-5, 10)
+    assert (one.optim.lr, one.optim.epochs, one.trainer.max_epochs) == (5e-4, 30, None)
+    assert (two.optim.lr, two.optim.epochs, two.trainer.max_epochs) == (2e-4, 10, None)
     for config in (one, two):
         assert config.backbone.name_or_path == "google-bert/bert-base-uncased"
         assert config.logger.wandb is not None and config.logger.csv is None
@@ -224,7 +249,8 @@ def test_every_trainer_key_is_an_override_without_plus() -> None:
         ("optim.weight_decay=inf", "a finite number >= 0"),
         ("optim.warmup=1.5", "a finite number >= 0 and <= 1"),
         ("trainer.max_epochs=0", "a whole number >= 1"),
-        ("trainer.max_epochs=null", "a whole number >= 1"),
+        ("backbone.rates={adapter:0}", "numbers > 0 by what is trained (head, adapter, lora"),
+        ("backbone.rates={adaptor:1}", "numbers > 0 by what is trained (head, adapter, lora"),
         ("trainer.max_steps=0", "a whole number >= 1, or -1"),
         ("trainer.max_time=90", "DAYS:HOURS:MINUTES:SECONDS"),
         ("trainer.precision=bf16-true", "one of 32-true, bf16-mixed"),
@@ -273,6 +299,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "method.dropout": {"name": "lora"},
     "method.temperature": {"name": "multitask_adapter"},
     "composition.keep": {"name": "pruned"},
+    "composition.prior_own": {"prior": "own"},
+    "composition.prior_penalty": {"prior": "uniform"},
+    "data.limit.train_seed": {"train": 100},
 }
 BOUNDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 

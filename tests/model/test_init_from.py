@@ -80,7 +80,8 @@ def test_every_method_starts_from_its_own(bench: Bench, method: str) -> None:
 def test_multiple_tasks_start_from_the_same_tasks(bench: Bench, method: str) -> None:
     first = bench.multitask("films", "books", method=MethodConfig(method), name="first")
     again = bench.multitask("films", "books", method=MethodConfig(method), name="again", init_from="first", optim=STILL)
-    assert same(bench.weights("again"), bench.weights("first"))
+    for name, tensor in bench.weights("first").items():  # a zero moves by the learning rate
+        torch.testing.assert_close(bench.weights("again")[name], tensor, rtol=0, atol=1e-28)
     assert same(head_of(bench, "again"), head_of(bench, "first"))
     assert again["metrics"] == first["metrics"]
 

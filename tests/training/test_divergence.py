@@ -28,7 +28,7 @@ CHOICE = TaskConfig(name="c", kind="choice", text="x", choices="y", metrics=["ac
 
 
 def rows(labels: Any, choice_counts: Any = None, task: int = 0) -> EncodedRows:
-    content = SimpleNamespace(labels=np.array(labels), choice_counts=choice_counts, task=task)
+    content = SimpleNamespace(labels=np.array(labels), choice_counts=choice_counts, task=task, class_weights=None)
     return cast(EncodedRows, content)
 
 
