@@ -108,6 +108,9 @@ def outcomes(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "outcomes.json").read_text())["validation"]
 
 
+ATTENTION = ["composition.null_source=true", "composition.prior=uniform", "composition.prior_penalty=0.1"]
+
+
 def test_two_processes_match_one(place: Path, tiny_backbone: Path, here: Callable[..., tuple[int, str, str]]) -> None:
     """Two of 4 rows against one of 8: the same order, the same loss at each step, the same weights.
 
@@ -115,7 +118,7 @@ def test_two_processes_match_one(place: Path, tiny_backbone: Path, here: Callabl
     """
     same = ["logger=csv", "trainer.log_every_n_steps=1", "head.dropout=0", "data.limit.validation=9"]
     results = {}
-    for stage, more in (("stage1", []), ("stage2", ["sources=[films]"])):
+    for stage, more in (("stage1", []), ("stage2", ["sources=[films]", *ATTENTION])):
         for name, devices in (("one", 1), ("two", 2)):
             directory = place / f"{stage}-{name}"
             task = "films" if stage == "stage1" else "books"

@@ -157,7 +157,8 @@ def test_the_default_learning_rate_depends_on_backbone_and_method(
 
 
 def test_every_method_and_composition_has_a_default_learning_rate() -> None:
-    assert {one.rate for one in (*METHODS.values(), *COMPOSITIONS.values())} == RATES.keys()
+    used = {one.rate for one in METHODS.values()} | {one.rate for one in COMPOSITIONS.values()}
+    assert used == RATES.keys()
 
 
 def test_default_values() -> None:
