@@ -62,6 +62,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     from fusion.analysis.ranking.scorers import SCORERS, ScorerInputs
     from fusion.config.data import LimitConfig
     from fusion.config.training import LossConfig
+    from fusion.data.splits import SPLITS
     from fusion.model.build import configured_backbone, load_sources
     from fusion.training.task_rows import load_task_rows
 
@@ -107,7 +108,7 @@ def main(config: RankConfig, run: Run) -> dict[str, Any]:
     }
     question = {
         "task": ranking["task"],
-        "data": asdict(limit) | {"max_length": config.data.max_length},
+        "data": {name: getattr(limit, name) for name in SPLITS} | {"max_length": config.data.max_length},
         "rows": {"train": rows.training[0].fingerprint}
         | {split: encoded.fingerprint for split, encoded in rows.validation.items()},
         "backbone": backbone.fingerprint,

@@ -49,19 +49,10 @@ class TaskHead(nn.Module):
         outputs: K; 1 for regression and for each choice in multiple choice.
         pooling: cls, last, mean, or words (logits per word).
         dropout: dropout probability before each linear layer.
-        scale, shift: the logits are the output of the last layer times `scale`, plus `shift`. For a regression, they
-            are standard deviation and mean of the training labels.
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        outputs: int,
-        pooling: str = "cls",
-        layers: int = 1,
-        dropout: float = 0.0,
-        scale: float = 1.0,
-        shift: float = 0.0,
+        self, hidden_size: int, outputs: int, pooling: str = "cls", layers: int = 1, dropout: float = 0.0
     ) -> None:
         super().__init__()
         if layers not in (1, 2):
@@ -69,7 +60,9 @@ class TaskHead(nn.Module):
         if pooling not in ("cls", "last", "mean", "words"):
             raise ValueError(f"pooling {pooling!r}: expected cls, last, mean or words")
         self.pooling = pooling
-        self.scale, self.shift = scale, shift
+        # In the training of a regression, standard deviation and mean of the training labels: the logits are the output
+        # of the last layer times `scale`, plus `shift`.
+        self.scale, self.shift = 1.0, 0.0
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(hidden_size, hidden_size) if layers == 2 else None
         self.output = nn.Linear(hidden_size, outputs)
@@ -95,13 +88,19 @@ class TaskHead(nn.Module):
     def shape(self) -> dict[str, Any]:
         """Constructor arguments, except for the hidden size."""
         layers, outputs = 1 if self.dense is None else 2, self.output.out_features
-        shape = {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
-        affine = {"scale": self.scale, "shift": self.shift}
-        return shape if (self.scale, self.shift) == (1.0, 0.0) else shape | affine
+        return {"pooling": self.pooling, "layers": layers, "outputs": outputs, "dropout": self.dropout.p}
 
     def state(self) -> dict[str, nn.Parameter]:
-        """Return the stored parameters, such as `output.weight`."""
+        """Return the parameters that stored weights are copied to, such as `output.weight`."""
         return dict(self.named_parameters())
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """Return the tensors of an equivalent head without `scale` and `shift`, under the names of `state`."""
+        found: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        if (self.scale, self.shift) != (1.0, 0.0):
+            found["output.weight"] = found["output.weight"] * self.scale
+            found["output.bias"] = found["output.bias"] * self.scale + self.shift
+        return found
 
 
 class TaskHeads(nn.Module):
@@ -129,3 +128,7 @@ class TaskHeads(nn.Module):
     def state(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all heads, such as `TASK.output.weight`."""
         return {f"{t}.{name}": p for t, head in self.by_task().items() for name, p in head.named_parameters()}
+
+    def stored_state(self) -> dict[str, Tensor]:
+        """Return the tensors of all heads, see `TaskHead.stored_state`."""
+        return {f"{t}.{name}": p for t, head in self.by_task().items() for name, p in head.stored_state().items()}

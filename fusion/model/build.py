@@ -36,7 +36,7 @@ from fusion.store.artifacts import Artifact, copy_stored, load_by_hash, match_ke
 from fusion.store.artifacts import load as load_artifact
 from fusion.store.compatibility import check_backbone, check_sources
 from fusion.store.layout import HEAD, MANIFEST, WEIGHTS
-from fusion.store.manifest import AFFINE, Manifest
+from fusion.store.manifest import Manifest
 from fusion.tasks.table import kind_of
 
 log = logging.getLogger(__name__)
@@ -271,8 +271,8 @@ def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone
     copy_stored(model.weight_state(), artifact.weights, artifact.path / WEIGHTS)
     if _heads_match(config.task_list, manifest, model):
         copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
-        for head, stored in zip(model.heads, manifest.heads, strict=True):
-            head.scale, head.shift = stored.scale, stored.shift
+        for head in model.heads:  # stored heads are not standardized
+            head.scale, head.shift = 1.0, 0.0
         log.info("initialized weights and head from %s", manifest.name)
     else:
         log.info("initialized weights from %s; the head is new, since its task or shape differs", manifest.name)
@@ -286,6 +286,6 @@ def _heads_match(tasks: Sequence[TaskConfig], manifest: Manifest, model: Adapted
         return False
     return len(manifest.heads) == len(tasks) and all(
         (before.kind, before.labels) == (task.kind, task.labels)
-        and stored.shape | {"dropout": head.dropout.p} | AFFINE == head.shape | AFFINE
+        and stored.shape | {"dropout": head.dropout.p} == head.shape
         for before, stored, task, head in zip(manifest.tasks, manifest.heads, tasks, model.heads, strict=True)
     )

@@ -28,7 +28,6 @@ KINDS = tuple(dict.fromkeys(("adapter", "fusion", *(method.kind for method in ME
 # Settings that do not change the output of the stored weights; `bottleneck_sizes` contains the adapted slots.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
-AFFINE = {"scale": 1.0, "shift": 0.0}  # the identity
 OPTIONAL = ("method", "multitask", "checksum")  # keys that may be missing in version 0.1
 
 
@@ -87,14 +86,11 @@ class Head(Part):
     outputs: Count
     dropout: Annotated[float, Field(ge=0, lt=1)]
     decision: dict[str, float] = {}  # see `Kind.decision`
-    scale: float = 1.0  # see `TaskHead`
-    shift: float = 0.0
 
     @property
     def shape(self) -> dict[str, Any]:
         """Keyword arguments for `Kind.make_head`."""
-        shape, affine = self.model_dump(exclude={"decision", *AFFINE}), {key: getattr(self, key) for key in AFFINE}
-        return shape if affine == AFFINE else shape | affine
+        return self.model_dump(exclude={"decision"})
 
 
 class WithSettings(Part):

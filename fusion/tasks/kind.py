@@ -109,7 +109,7 @@ class Kind(ABC):
         return None
 
     def affine(self, labels: NDArray[Any]) -> tuple[float, float]:
-        """Return `scale` and `shift` of a new head, see `TaskHead`."""
+        """Return scale and shift of the output of a head in training."""
         return 1.0, 0.0
 
     @abstractmethod

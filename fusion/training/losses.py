@@ -112,7 +112,7 @@ def not_learned(
     scores: Mapping[str, float],
     labels: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """Return the signs that a run has not learned its task, for result.json; empty if there are none.
+    """Return the signs that a run has not learned its task; empty if there are none.
 
     `{"score", "majority"}`: the task's first metric on its first validation split is not above that of predicting the
     most frequent label. `{"train_loss", "constant_loss"}`: the mean task loss of the last epoch is above 95 % of that of

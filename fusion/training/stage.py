@@ -137,7 +137,7 @@ def _fit(spec: StageSpec, loggers: list[Logger]) -> Fit:
 def _store(spec: StageSpec, manifest: Manifest, overwrite: bool) -> Path:
     output, model = spec.output, spec.model
     try:
-        return save(output.store, manifest, model.weight_state(), model.head.state(), overwrite)
+        return save(output.store, manifest, model.weight_state(), model.head.stored_state(), overwrite)
     except OSError as error:
         raise TrainingError(
             f"{output.store / manifest.name} cannot be written ({error.strerror or error}).\n"
@@ -203,7 +203,6 @@ def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
         "speed": fitted.speed,
         "sources": [source.name for source in spec.sources],
     }
-    result |= {"not_learned": fitted.not_learned} if fitted.not_learned else {}
     return result if fitted.diverged is None else result | {"diverged": fitted.diverged}
 
 

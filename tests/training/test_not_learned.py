@@ -67,8 +67,7 @@ def test_the_signs() -> None:
 
 def test_a_run_says_that_it_has_not_learned(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     still: dict[str, Any] = {"optim": OptimConfig(lr=1e-9, patience=None)}
-    result = bench.stage1("films", **still)
-    assert result["not_learned"].keys() == {"task", "metric", "score", "majority", "train_loss", "constant_loss"}
+    bench.stage1("films", **still)
     assert "the model has not learned films: validation/accuracy " in caplog.text
     assert "Increase trainer.max_epochs (now 2) or optim.lr (now 1e-09), add training examples" in caplog.text
     caplog.clear()
@@ -79,5 +78,5 @@ def test_a_run_says_that_it_has_not_learned(bench: Bench, caplog: pytest.LogCapt
     caplog.clear()
     longer = TrainerConfig(accelerator="cpu", enable_progress_bar=False, max_epochs=8)
     with caplog.at_level(logging.WARNING):
-        learned = bench.stage1("films", name="learned", trainer=longer, optim=OptimConfig(lr=2e-2, patience=None))
-    assert "not_learned" not in learned and "not learned" not in caplog.text
+        bench.stage1("films", name="learned", trainer=longer, optim=OptimConfig(lr=2e-2, patience=None))
+    assert "not learned" not in caplog.text
