@@ -115,7 +115,8 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
         predictions, labels = kind.predict(kind.outputs(found.scores), head.decision), kind.plain_labels(encoded.labels)
         key = split if len(heads) == 1 else f"{task.name}/{split}"
         metrics[key] = kind.metrics(task, labels, predictions)
-        stored[key] = RowPredictions(list(range(len(rows))), predictions, labels).as_stored(encoded)
+        found_rows = RowPredictions(list(range(len(rows))), predictions, labels, kind.confidence(found.scores))
+        stored[key] = found_rows.as_stored(encoded, task, rows)
         count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
         by = f", head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
         dropped = f", {config.drop} layers dropped" if config.drop else ""

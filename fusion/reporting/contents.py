@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusion.reporting import figures
+from fusion.reporting.errors import MOST_CLASSES, Errors, by_labels, errors_of
 from fusion.reporting.reading import Found
 from fusion.reporting.records import (
     Attention,
@@ -61,6 +62,16 @@ class Contents:
         self.attention = attention_of(self.everything, found)
 
     @functools.cached_property
+    def errors(self) -> dict[str, dict[str, Errors]]:
+        """Errors by target and method, for targets with classes and stored predictions."""
+        found = {target.label: errors_of(target) for target in self.everything}
+        return {label: errors for label, errors in found.items() if errors}
+
+    @functools.cached_property
+    def by_labels(self) -> dict[str, dict[str, list[tuple[int, list[float]]]]]:
+        return by_labels(self.everything)
+
+    @functools.cached_property
     def inspected(self) -> list[dict[str, Any]]:
         """The first inspected run of each method of each target, see `inspected`."""
         seen: list[dict[str, Any]] = []
@@ -89,6 +100,24 @@ class Contents:
                 for one in self.targets
             }
             add("scores", title="Scores", figure=figures.scores_figure(panels))
+        for title, methods in self.by_labels.items():
+            add(
+                "labels",
+                title,
+                title=f"Score by training examples, {title}",
+                figure=figures.by_labels_figure(methods, title),
+            )
+        for target in self.everything:
+            errors = self.errors.get(target.label, {})
+            for method, own in errors.items():
+                if len(own.classes.names) <= MOST_CLASSES:
+                    title, setting = f"{target.label}, {method}", target.groups[method].setting
+                    figure = figures.confusion_figure(own.confusion, own.classes.names, title)
+                    settings = [setting] if setting else []
+                    add("confusion", target.label, method, title=title, figure=figure, settings=settings)
+            if bins := {method: own.bins for method, own in errors.items() if own.bins}:
+                title = f"Confidence and accuracy, {target.label}"
+                add("reliability", target.label, title=title, figure=figures.reliability_figure(bins, title))
         for one in self.attention:
             figure = figures.heatmap_figure(one.mean, layer_names(one.slots), one.sources, "layer", one.title)
             settings = [one.setting] if one.setting else []
@@ -246,6 +275,24 @@ def tables_of(contents: Contents) -> list[Table]:
             ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd"),
             (row for target in targets for row in _metrics(target)),
         ),
+        table(
+            "classes",
+            "Scores per class, means over seeds",
+            ("target", "method", "class", "precision", "recall", "F1", "examples"),
+            ([*names, *row] for names, one in _each(contents.errors) for row in _classes(one)),
+        ),
+        table(
+            "calibration",
+            "Calibration: mean confidence and accuracy by interval of confidence, and expected calibration error (ECE)",
+            ("target", "method", "ECE", "confidence", "accuracy", "predictions"),
+            ([*names, one.ece, *bin] for names, one in _each(contents.errors) for bin in one.bins),
+        ),
+        table(
+            "labels",
+            "Scores by number of training examples, means over seeds",
+            ("target", "method", "training examples", "seeds", "mean", "sd"),
+            (row for title, methods in contents.by_labels.items() for row in _by_labels(title, methods)),
+        ),
         *map(_attention, contents.attention),
         table(
             "needed",
@@ -268,6 +315,24 @@ def _difference(target: Target, group: Group) -> list[Any]:
     if d is None:
         return [*start, *[None] * 9, unequal, None]
     return [*start, d.mean, d.low, d.high, d.p, group.adjusted, d.wins, d.ties, d.losses, d.unit, unequal, d.pairs]
+
+
+def _each(errors: Mapping[str, Mapping[str, Errors]]) -> Iterable[tuple[tuple[str, str], Errors]]:
+    """Yield target and method, and their errors."""
+    return (((label, method), own) for label, of in errors.items() for method, own in of.items())
+
+
+def _classes(one: Errors) -> Iterable[tuple[Any, ...]]:
+    scores = one.classes
+    columns = (values.tolist() for values in (scores.precision, scores.recall, scores.f1, scores.count))
+    return zip(scores.names, *columns, strict=True)
+
+
+def _by_labels(title: str, methods: Mapping[str, Sequence[tuple[int, Sequence[float]]]]) -> Iterable[list[Any]]:
+    for method, points in methods.items():
+        for rows, scores in points:
+            deviation = statistics.stdev(scores) if len(scores) > 1 else None
+            yield [title, method, rows, len(scores), statistics.fmean(scores), deviation]
 
 
 def _metrics(target: Target) -> Iterable[list[Any]]:

@@ -134,6 +134,12 @@ def attention_figure(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def confusion_figure(confusion: Floats, names: Sequence[str], title: str) -> Figure:
+    """Plot a confusion matrix, (C, C)."""
+    title = textwrap.fill(f"{title}: label (rows), prediction (columns)", 20 + 6 * len(names))
+    return heatmap_figure(confusion, names, names, "label", title)
+
+
 def by_target_figure(every: Sequence[Attention]) -> Figure:
     """Plot fusions × sources for the mean over the layers, and for the first, middle and last layer."""
     count = max(len(one.slots) for one in every)
@@ -221,6 +227,45 @@ def curves_figure(curves: Mapping[str, Mapping[str, DataFrame]], methods: Sequen
             axes.set_xlabel("step")
             axes.grid(color=_FAINT, alpha=0.2)
         panels[0].legend(fontsize=7)
+        return figure
+
+
+def reliability_figure(every: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
+    """Plot the accuracy against the confidence of the bins of each method: (confidence, accuracy, size)."""
+    with _drawing(_WIDTH, 3.6) as figure:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=_FAINT, linestyle=":", linewidth=1)
+        for number, (method, bins) in enumerate(every.items()):
+            confidence, accuracy, size = np.array(bins).T
+            axes.plot(confidence, accuracy, color=color(number), linewidth=1, label=shortened(method, 50))
+            axes.scatter(confidence, accuracy, s=8 + 60 * size / size.sum(), color=color(number))
+        lowest = min(one[0] for bins in every.values() for one in bins)
+        axes.set_xlim(max(0.0, lowest - 0.05), 1.01)
+        axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        axes.set_title(textwrap.fill(title, 50))
+        axes.grid(color=_FAINT, alpha=0.2)
+        axes.legend(fontsize=7, loc="upper left")
+        return figure
+
+
+def by_labels_figure(methods: Mapping[str, Sequence[tuple[int, Sequence[float]]]], title: str) -> Figure:
+    """Plot mean and standard deviation of each method's scores against the number of training examples."""
+    with _drawing(_WIDTH, 3.6) as figure:
+        axes = figure.subplots()
+        for number, (method, points) in enumerate(methods.items()):
+            rows = [rows for rows, _ in points]
+            spread = [float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0 for _, scores in points]
+            means = [float(np.mean(scores)) for _, scores in points]
+            label = shortened(method, 50)
+            axes.errorbar(rows, means, spread, fmt="o-", markersize=4, capsize=3, color=color(number), label=label)
+        _log_axis(axes, [rows for points in methods.values() for rows, _ in points])
+        axes.margins(x=0.12)
+        axes.set_xlabel("training examples")
+        axes.set_title(textwrap.fill(title, 50))
+        axes.grid(color=_FAINT, alpha=0.2)
+        axes.legend(fontsize=7)
         return figure
 
 

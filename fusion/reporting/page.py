@@ -16,6 +16,7 @@ from fusion.errors import UserError
 from fusion.files import write_atomic
 from fusion.reporting import figures, wording
 from fusion.reporting.contents import Contents, costs, save_table, tables_of
+from fusion.reporting.errors import MOST_CLASSES
 from fusion.reporting.records import Attention, by_target, layer_names, slider_positions
 from fusion.reporting.scores import Score, Trained
 from fusion.reporting.statistics import LEVEL, RESAMPLES
@@ -71,7 +72,7 @@ def _template(contents: Contents, output: Path) -> Any:
     drawn = {
         name: figures.inline(figure, wording.anchor(*name), title)
         for name, (title, figure) in contents.figures.items()
-        if name[0] in ("entropy", "needed", "curves", "cost")
+        if name[0] in ("entropy", "needed", "curves", "cost", "labels", "reliability")
     }
     environment.filters |= {name: getattr(wording, name) for name in FILTERS}
     environment.globals |= {
@@ -86,6 +87,7 @@ def _template(contents: Contents, output: Path) -> Any:
         "tallies": tallies(contents.targets),
         "rebuilds": rebuilds(contents.everything),
         "costs": costs,
+        "most_classes": MOST_CLASSES,
         "figure": drawn.get,
         "group_anchor": wording.group_anchor,
         "layer_names": layer_names,

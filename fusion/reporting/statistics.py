@@ -32,18 +32,32 @@ class Predictions:
     fingerprint: str
     labels: NDArray[Any]
     predicted: NDArray[Any]
+    confidence: NDArray[np.float64] | None = None  # (R,) probability of each prediction, if stored
+    errors: Sequence[dict[str, Any]] = ()  # the most confident errors, see `RowPredictions.confident_errors`
 
     @classmethod
     def of(cls, content: Any) -> Predictions | None:
-        """Parse `{"fingerprint", "labels", "predicted"}`. Returns `None` if the content is invalid."""
+        """Parse an entry of outcomes.json. Returns `None` if the labels or predictions are not numbers.
+
+        Invalid confidences and errors are omitted.
+        """
         try:
             labels, predicted = np.asarray(content["labels"]), np.asarray(content["predicted"])
             numbers = {labels.dtype.kind, predicted.dtype.kind} <= set("if")
             if labels.ndim != 1 or labels.shape != predicted.shape or not numbers:
                 return None
-            return cls(str(content["fingerprint"]), labels, predicted)
         except (TypeError, KeyError, ValueError):
             return None
+        confidence, errors = None, list[dict[str, Any]]()
+        with contextlib.suppress(TypeError, KeyError, ValueError):
+            values = np.asarray(content["confidence"], np.float64)
+            confidence = values if values.shape == labels.shape and np.isfinite(values).all() else None
+            errors = [
+                {key: one[key] for key in ("row", "text", "label", "predicted", "confidence")}
+                for one in content.get("errors", ())
+                if isinstance(one["text"], list) and isinstance(one["confidence"], float)
+            ]
+        return cls(str(content["fingerprint"]), labels, predicted, confidence, errors)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,9 @@ class Classification(Kind):
     def outputs(self, logits: Tensor) -> list[Any]:
         return logits.argmax(-1).tolist()
 
+    def confidence(self, logits: Tensor) -> list[float]:
+        return [round(value, 5) for value in logits.float().softmax(-1).amax(-1).tolist()]
+
     def lines(self, task: Task, logits: Tensor, counts: Sequence[int] | None, decision: Decision) -> Lines:
         """Yield the `label` and, as `scores`, the probabilities by label name."""
         for row, every in enumerate(logits.float().softmax(-1).tolist()):

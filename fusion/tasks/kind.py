@@ -151,6 +151,10 @@ class Kind(ABC):
     def outputs(self, logits: Tensor) -> list[Any]:
         """Convert the logits (B, K) of each example to a JSON-serializable value, the input of `predict`."""
 
+    def confidence(self, logits: Tensor) -> list[float]:
+        """Return the probability of each prediction, (B,); empty if the kind has none."""
+        return []
+
     def decision(self, task: Task, outputs: Sequence[Any], labels: Sequence[Any]) -> Decision:
         """Return values that predictions depend on in addition to the outputs, selected on the validation split.
 

@@ -29,24 +29,24 @@ def _accuracy(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
 
 
 def _f1(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    return _f1_by_class(_confusion(labels, predicted))[:, 1]
+    return f1_by_class(confusion_of(labels, predicted))[:, 1]
 
 
 def _macro_f1(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    confusion = _confusion(labels, predicted)
+    confusion = confusion_of(labels, predicted)
     counted = confusion.sum(1) + confusion.sum(2) > 0
-    return np.asarray(_f1_by_class(confusion).sum(1) / counted.sum(1))
+    return np.asarray(f1_by_class(confusion).sum(1) / counted.sum(1))
 
 
 def _matthews(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
     """Multi-class Matthews correlation (Gorodkin 2004, equation 8)."""
-    confusion = _confusion(labels, predicted)
+    confusion = confusion_of(labels, predicted)
     total, correct = confusion.sum((1, 2)), np.einsum("bcc->b", confusion)
     by_prediction, by_label = confusion.sum(1), confusion.sum(2)
     covariance = correct * total - (by_prediction * by_label).sum(1)
     # Not the root of the product, which is not exact in float64 for many examples.
     scale = np.sqrt(total**2 - (by_prediction**2).sum(1)) * np.sqrt(total**2 - (by_label**2).sum(1))
-    return _ratio(covariance, scale)
+    return ratio(covariance, scale)
 
 
 def _pearson(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
@@ -69,17 +69,18 @@ _METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], Floats]] = {
 }
 
 
-def _confusion(labels: NDArray[Any], predicted: NDArray[Any]) -> Floats:
-    """Return the confusion matrices, (B, C, C), labels by predictions."""
-    classes = int(max(labels.max(initial=0), predicted.max(initial=0), 1)) + 1
+def confusion_of(labels: NDArray[Any], predicted: NDArray[Any], least: int = 2) -> Floats:
+    """Return the confusion matrices, (B, C, C), labels by predictions, of at least `least` classes."""
+    classes = max(int(max(labels.max(initial=0), predicted.max(initial=0))) + 1, least)
     cells = labels.astype(np.int64) * classes + predicted.astype(np.int64)
     counts = [np.bincount(row, minlength=classes * classes) for row in cells]
     return np.array(counts, np.float64).reshape(len(cells), classes, classes)
 
 
-def _f1_by_class(confusion: Floats) -> Floats:
+def f1_by_class(confusion: Floats) -> Floats:
+    """Return F1 of each class, (B, C), given confusion matrices (B, C, C)."""
     correct = np.einsum("bcc->bc", confusion)
-    return _ratio(2 * correct, confusion.sum(1) + confusion.sum(2))
+    return ratio(2 * correct, confusion.sum(1) + confusion.sum(2))
 
 
 def _correlation(one: Floats, other: Floats) -> Floats:
@@ -89,11 +90,11 @@ def _correlation(one: Floats, other: Floats) -> Floats:
         varies = (np.ptp(one, axis=-1) > 0) & (np.ptp(other, axis=-1) > 0)
         one, other = (values - values.mean(-1, keepdims=True) for values in (one, other))
         norms = (np.sqrt((values**2).sum(-1, keepdims=True)) for values in (one, other))
-        one, other = (_ratio(values, norm) for values, norm in zip((one, other), norms, strict=True))
+        one, other = (ratio(values, norm) for values, norm in zip((one, other), norms, strict=True))
         value = (one * other).sum(-1)
     return np.where(varies & np.isfinite(value), np.clip(value, -1.0, 1.0), 0.0)
 
 
-def _ratio(above: Floats, below: Floats) -> Floats:
+def ratio(above: Floats, below: Floats) -> Floats:
     """Divide elementwise; 0 where the denominator is 0."""
     return np.asarray(np.divide(above, below, out=np.zeros_like(above), where=below > 0))

@@ -218,6 +218,37 @@ def log_attention(loggers: Sequence[Logger], record: Mapping[str, Any]) -> None:
     _attempt("log the attention", loggers, update)
 
 
+def log_errors(loggers: Sequence[Logger], splits: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Add the calibration error of each split of classes to the W&B summary, and log its confusion matrix and calibration.
+
+    Args:
+        splits: entries of outcomes.json.
+        names: names of the labels.
+    """
+
+    def update(run: Any) -> None:
+        import wandb
+
+        from fusion.reporting.errors import MOST_CLASSES, Errors
+        from fusion.reporting.figures import confusion_figure, reliability_figure
+        from fusion.reporting.statistics import Predictions
+
+        for split, content in splits.items():
+            stored = Predictions.of(content)
+            errors = None if stored is None else Errors.of([stored], names)
+            if errors is None:
+                continue
+            drawn = {}
+            if len(errors.classes.names) <= MOST_CLASSES:
+                drawn["confusion"] = confusion_figure(errors.confusion, errors.classes.names, split)
+            if errors.bins:
+                run.summary.update({f"best/{split}/ece": errors.ece})
+                drawn["calibration"] = reliability_figure({split: errors.bins}, "Confidence and accuracy")
+            run.log({f"{split}/{key}": wandb.Image(figure, file_type="png") for key, figure in drawn.items()})
+
+    _attempt("log the errors", loggers, update)
+
+
 def run_reference(loggers: Sequence[Logger]) -> dict[str, Any] | None:
     """Return the W&B run, `{"id", "project", "entity", "url"}`, or None."""
     with contextlib.suppress(Exception):

@@ -78,7 +78,7 @@ class Best(Callback):
             log.info(text, monitor, patience, best[monitor], best["epoch"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        predicted = {split: [p.rows, p.predictions, p.labels] for split, p in self.predicted.items()}
+        predicted = {split: [p.rows, p.predictions, p.labels, p.confidence] for split, p in self.predicted.items()}
         checkpoint |= {"best": self.weights, "predicted": predicted, "decisions": self.decisions}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

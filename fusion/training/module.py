@@ -181,9 +181,10 @@ class TaskModule(lightning.LightningModule):
         split, task = list(self.splits.items())[dataloader_idx]
         record = None if self.recorder is None else self.recorder(batch)
         kind = kind_of(task)
-        outputs = kind.outputs(self.scores(batch, record=record).detach()[counts])
+        logits = self.scores(batch, record=record).detach()[counts]
         labels = kind.plain_labels(batch.labels[counts])
-        self._outputs.setdefault(split, []).append(RowPredictions(batch.rows[counts].tolist(), outputs, labels))
+        found = RowPredictions(batch.rows[counts].tolist(), kind.outputs(logits), labels, kind.confidence(logits))
+        self._outputs.setdefault(split, []).append(found)
 
     def on_validation_epoch_end(self) -> None:
         # All processes gather all splits, including splits without a batch in this process.

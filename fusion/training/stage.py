@@ -31,6 +31,7 @@ from fusion.tracking.loggers import (
     build_loggers,
     finish,
     log_attention,
+    log_errors,
     log_made,
     log_result,
     run_reference,
@@ -96,9 +97,15 @@ def train_and_store(spec: StageSpec) -> dict[str, Any]:
         _log_findings(fitted, config)
         stored = read_folder(path)
         result = result_of(stored, path)
-        predicted = {split: one.as_stored(spec.rows.validation[split]) for split, one in fitted.predicted.items()}
+        validation, tasks = spec.rows.validation, config.task_list
+        predicted = {
+            split: one.as_stored(validation[split], tasks[validation[split].task], spec.rows.examples.get(split))
+            for split, one in fitted.predicted.items()
+        }
         write_predictions(run.directory, predicted)
         log_result(loggers, result)
+        if len(tasks) == 1:
+            log_errors(loggers, predicted, list(map(str, tasks[0].labels or ())))
         log_made(loggers, path, stored, spec.sources, spec.initial)
         return result
 
@@ -199,6 +206,7 @@ def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
         "metrics": fitted.metrics,
         "best_epoch": fitted.best_epoch,
         "epochs": fitted.epochs,
+        "training_examples": sum(map(len, spec.rows.training)),
         "parameters": {"trainable": trainable, "frozen": frozen},
         "speed": fitted.speed,
         "sources": [source.name for source in spec.sources],

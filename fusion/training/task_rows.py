@@ -14,7 +14,7 @@ from fusion.config.data import DataConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import LossConfig
 from fusion.data.encode import EncodedRows, encode
-from fusion.data.rows import load_splits
+from fusion.data.rows import Rows, load_splits
 from fusion.data.splits import evaluation_splits
 from fusion.errors import UserError
 from fusion.tasks.table import kind_of
@@ -27,6 +27,7 @@ class TaskRows:
     training: list[EncodedRows]  # of each task
     validation: dict[str, EncodedRows]  # by split name; with multiple tasks, it starts with the task: `cb/validation`
     labels: dict[str, str] = field(default_factory=dict)  # label format by task name, see `load_splits`
+    examples: dict[str, Rows] = field(default_factory=dict)  # of `validation`
 
 
 def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConfig, backbone: Backbone) -> TaskRows:
@@ -46,6 +47,7 @@ def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConf
                 loaded.training.append(encoded)
             else:
                 loaded.validation[split_name(tasks, number, split)] = encoded
+                loaded.examples[split_name(tasks, number, split)] = rows
             ignored = f", {rows.ignored} without a label dropped" if rows.ignored else ""
             log.info("%s %s: %d examples%s", task.name, split, len(rows), ignored)
     set_class_weights(loss, tasks, loaded.training)
