@@ -28,6 +28,7 @@ from fusion.store.lookup import read_manifest
 from fusion.text import hydra_value, quoted
 
 if TYPE_CHECKING:
+    from fusion.config.task import TaskConfig
     from fusion.data.rows import Rows
 
 Config = TypeVar("Config")
@@ -139,16 +140,21 @@ def typed(module: str, overrides: Sequence[str]) -> str:
     return shlex.join(["python", "-m", module, *map(quoted, overrides)])
 
 
-def examples(task: str, split: str, limit: int | None = None, data_dir: str | None = None) -> Rows:
-    """Read the examples of a built-in task, as the commands do with `data.limit.SPLIT=limit` and `data.dir=data_dir`."""
+def task_config(task: str) -> TaskConfig:
+    """Read the YAML file of a built-in task."""
     from fusion.cli.config_sources import conf_folder
-    from fusion.config.data import DataConfig, LimitConfig
     from fusion.config.task import TaskConfig
-    from fusion.data.rows import load_rows
 
     content = yaml.safe_load((conf_folder() / "task" / f"{task}.yaml").read_text(encoding="utf-8"))
-    config = TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
-    return load_rows(config, DataConfig(dir=data_dir, limit=LimitConfig(**{split: limit})), split)
+    return TaskConfig.from_dict(content | {"name": task}, where=f"task {task}")
+
+
+def examples(task: str, split: str, limit: int | None = None, data_dir: str | None = None) -> Rows:
+    """Read the examples of a built-in task, as the commands do with `data.limit.SPLIT=limit` and `data.dir=data_dir`."""
+    from fusion.config.data import DataConfig, LimitConfig
+    from fusion.data.rows import load_rows
+
+    return load_rows(task_config(task), DataConfig(dir=data_dir, limit=LimitConfig(**{split: limit})), split)
 
 
 @dataclass
