@@ -157,6 +157,14 @@ def by_labels(targets: Sequence[Target]) -> dict[str, dict[str, list[tuple[int, 
 
 
 def training_rows(result: Mapping[str, Any], limit: int | None) -> int | None:
-    """Return the number of training examples of a run: `rows` of result.json, or else the limit, if it has one."""
-    rows = result.get("training_examples", limit)
-    return rows if type(rows) is int else None
+    """Return the number of training examples of a run: the limit if there is one, else computed from its speed.
+
+    `None` if a run does not consist of complete epochs.
+    """
+    try:
+        speed, epochs = result["speed"], result["epochs"]
+        exact = speed["examples_per_second"] * speed["seconds"] / epochs
+    except (KeyError, TypeError, ZeroDivisionError):
+        return limit
+    rows = round(exact)
+    return rows if abs(exact - rows) < 1e-6 * max(rows, 1) and rows > 0 else limit

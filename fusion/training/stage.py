@@ -206,7 +206,6 @@ def _result_of(spec: StageSpec, fitted: Fit) -> dict[str, Any]:
         "metrics": fitted.metrics,
         "best_epoch": fitted.best_epoch,
         "epochs": fitted.epochs,
-        "training_examples": sum(map(len, spec.rows.training)),
         "parameters": {"trainable": trainable, "frozen": frozen},
         "speed": fitted.speed,
         "sources": [source.name for source in spec.sources],

@@ -73,7 +73,7 @@ def test_choices_and_values(bench: Bench) -> None:
     bench.add_rating()
     result = bench.stage1("rating")
     assert set(outcomes(bench, bench.runs)) == {"fingerprint", "labels", "predicted"}
-    assert result["training_examples"] == 40
+    assert training_rows(result, None) == 40
 
 
 def test_the_report_shows_errors_and_the_number_of_examples(bench: Bench) -> None:
@@ -138,6 +138,8 @@ def test_invalid_or_missing_confidences_are_omitted() -> None:
 
 
 def test_the_number_of_training_examples() -> None:
-    assert training_rows({"training_examples": 250}, 500) == 250
+    speed = {"examples_per_second": 125.0, "seconds": 6.0}
+    assert training_rows({"speed": speed, "epochs": 3}, 500) == 250  # the limit is above the number of examples
+    assert training_rows({"speed": speed, "epochs": 4}, 500) == 500  # the last epoch is not complete
+    assert training_rows({"speed": speed, "epochs": 4}, None) is None
     assert training_rows({}, 500) == 500
-    assert training_rows({}, None) is None
