@@ -1,0 +1,198 @@
+"""The study of fusion with few labels: its splits, the order of its trainings, its results and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusion.data.rows import Rows
+from fusion.errors import UserError
+from pipelines import study
+from pipelines.study import Cell, Study, StudyConfig, best_rate, comparisons, main, read_results
+
+SCORES = {"head": 0.6, "adapter": 0.7, "fusion": 0.8}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> StudyConfig:
+    return StudyConfig(
+        targets=["sst2", "cb"],
+        sources=["mr", "snli", "cb"],
+        rows=[100],
+        seeds=[1, 2],
+        methods=["head", "fusion"],
+        output=str(tmp_path / "study"),
+        results=str(tmp_path / "results" / "study.jsonl"),
+    )
+
+
+def result(cell: Cell, validation: float, test: float) -> dict[str, Any]:
+    return {**cell._asdict(), "metric": "accuracy", "validation": validation, "test": test}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """The commands that a study runs, which leave the result of each job."""
+    calls: list[tuple[str, list[str]]] = []
+
+    def values(words: list[str]) -> dict[str, str]:
+        return dict(word.partition("=")[::2] for word in words if "=" in word)  # type: ignore[misc]
+
+    def run(module: str, words: Any) -> None:
+        calls.append((module, list(words)))
+        given = values(list(words))
+        if "hydra.sweep.dir" not in given:
+            (Path(given["store"]) / given["+task"]).mkdir(parents=True)
+            (Path(given["store"]) / given["+task"] / "manifest.json").write_text("{}")
+            return
+        runs, store = Path(given["hydra.sweep.dir"]), Path(given["store"])
+        if module == "fusion.evaluate":
+            for name in given["artifact"].split(","):
+                folder = runs / f"{name}-test"
+                folder.mkdir(parents=True)
+                score = SCORES[name.split("-")[2]]
+                made = {"metrics": {"test": {"accuracy": score, "f1": 0.1}}, "rows": 50}
+                (folder / "result.json").write_text(json.dumps(made))
+            return
+        for seed in given["seed"].split(","):
+            for rate in given["optim.lr"].split(","):
+                name = given["name"].replace("${seed}", seed).replace("${optim.lr}", str(float(rate)))
+                (store / name).mkdir(parents=True, exist_ok=True)
+                (runs / name).mkdir(parents=True, exist_ok=True)
+                made = {
+                    "metrics": {"validation": {"accuracy": 0.5 + float(rate)}},
+                    "best_epoch": 2,
+                    "speed": {"seconds": 3.21},
+                    "parameters": {"trainable": 7},
+                }
+                (runs / name / "result.json").write_text(json.dumps(made))
+
+    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(study, "write_splits", lambda config, task: None)
+    return calls
+
+
+def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str, list[str]]]) -> None:
+    done = Study(config)
+    done.run()
+    shown = []
+    for module, words in trained:
+        of = dict(word.partition("=")[::2] for word in words if "=" in word)  # type: ignore[misc]
+        if module != "fusion.evaluate":
+            shown.append((of["+task"], of.get("seed"), of["optim.lr"], of.get("sources"), of.get("method")))
+    own = "{}-100-adapter-lr-0.002-seed-${{seed}}"
+    assert shown == [
+        *((source, None, "1e-3", None, None) for source in ("cb", "mr", "snli")),
+        ("sst2", "1", "0.002,0.005,0.02", None, "head"),
+        ("cb", "1", "0.002,0.005,0.02", None, "head"),
+        ("sst2", "2", "0.02", None, "head"),
+        ("cb", "2", "0.02", None, "head"),
+        ("sst2", "1", "0.0005,0.001,0.002", None, None),
+        ("sst2", "1", "0.0001,0.0002,0.0005", f"[snli,cb,{own.format('sst2')}]", None),
+        ("cb", "1", "0.0005,0.001,0.002", None, None),
+        ("cb", "1", "0.0001,0.0002,0.0005", f"[mr,snli,{own.format('cb')}]", None),
+        ("sst2", "2", "0.002", None, None),
+        ("sst2", "2", "0.0005", f"[snli,cb,{own.format('sst2')}]", None),
+        ("cb", "2", "0.002", None, None),
+        ("cb", "2", "0.0005", f"[mr,snli,{own.format('cb')}]", None),
+    ]
+    results = read_results(Path(config.results))
+    assert results == done.results and len(results) == 2 * (4 + 4 + 4)
+    first = results[Cell("minilm", "sst2", 100, "head", 1, 0.002)]
+    assert first == {
+        "backbone": "minilm", "target": "sst2", "rows": 100, "method": "head", "seed": 1, "rate": 0.002,
+        "metric": "accuracy", "validation": 0.502, "test": 0.6, "metrics": {"accuracy": 0.6, "f1": 0.1},
+        "test_examples": 50, "best_epoch": 2, "seconds": 3.2, "trainable": 7,
+    }  # fmt: skip
+    kept = {folder.name for folder in config.store.iterdir()}
+    assert all("adapter" in name for name in kept - {"cb", "mr", "snli"})
+    trained.clear()
+    Study(config).run()
+    assert trained == []
+
+
+def test_folds_are_trained_before_a_cross_fitted_fusion(
+    config: StudyConfig, trained: list[tuple[str, list[str]]]
+) -> None:
+    config.methods, config.targets, config.seeds = ["fusion_cross_fit"], ["sst2"], [1]
+    SCORES["fusion_cross_fit"] = 0.9
+    Study(config).run()
+    folds = [words for _, words in trained if "data.leave_out=0/4,1/4,2/4,3/4" in words]
+    assert len(folds) == 1 and "name=sst2-100-adapter-lr-0.002-seed-${seed}" in folds[0]
+
+
+def test_the_rate_is_selected_on_validation_over_complete_targets(config: StudyConfig) -> None:
+    results = {}
+    for target, scores in (("sst2", (0.5, 0.9, 0.7)), ("cb", (0.9, 0.4, 0.8))):
+        for rate, score in zip((2e-3, 5e-3, 2e-2), scores, strict=True):
+            cell = Cell("minilm", target, 100, "head", 1, rate)
+            results[cell] = result(cell, score, 1 - score)
+    assert best_rate(results, config, 100, "head") == 2e-2
+    del results[Cell("minilm", "cb", 100, "head", 1, 2e-3)]
+    assert best_rate(results, config, 100, "head") == 5e-3
+    assert best_rate({}, config, 100, "head") == 5e-3
+
+
+def test_comparisons_are_paired_by_seed(config: StudyConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config.seeds, config.methods = [1, 2, 3, 4, 5], ["adapter", "fusion"]
+    results = {}
+    for target, gain in (("sst2", 0.05), ("cb", -0.01)):
+        for seed in config.seeds:
+            for method, rates in (("adapter", (5e-4, 1e-3, 2e-3)), ("fusion", (1e-4, 2e-4, 5e-4))):
+                for rate in rates if seed == 1 else rates[1:2]:
+                    cell = Cell("minilm", target, 100, method, seed, rate)
+                    score = 0.6 + 0.01 * seed + (gain if method == "fusion" else 0.0)
+                    results[cell] = result(cell, 0.9 if rate == rates[1] else 0.1, score)
+    found = {(one.method, one.target): one for one in comparisons(results, config)}
+    assert set(found) == {(method, target) for method in config.methods for target in config.targets}
+    one = found["fusion", "sst2"]
+    assert one.difference == pytest.approx(0.05) and len(one.scores) == 5
+    assert one.low == pytest.approx(0.05) and one.p is not None and one.p < 0.2
+    assert found["fusion", "cb"].difference == pytest.approx(-0.01)
+    study.report(config, results)
+    printed = capsys.readouterr().out
+    assert "fusion, as published" in printed and "+0.050" in printed and "0.630 ± 0.016" in printed
+
+
+def test_held_out_examples(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation examples come from train, and the test examples from the validation split, which has labels."""
+    config.validation_rows = 10
+
+    def examples(task: str, split: str, limit: int | None, data_dir: str | None) -> Rows:
+        if split == "test":
+            raise UserError("no test split")
+        count = 50 if split == "train" else 20
+        return Rows([(f"{split} {n}", "b") for n in range(count)], None, [n % 3 for n in range(count)], 0, "f")
+
+    monkeypatch.setattr(study, "examples", examples)
+    study.write_splits(config, "cb")
+    lines = {
+        split: [json.loads(line) for line in (config.data / "cb" / f"{split}.jsonl").read_text().splitlines()]
+        for split in ("train", "validation", "test")
+    }
+    assert {split: len(rows) for split, rows in lines.items()} == {"train": 40, "validation": 10, "test": 20}
+    assert set(lines["train"][0]) == {"premise", "hypothesis", "label"}
+    texts = {split: {row["premise"] for row in rows} for split, rows in lines.items()}
+    assert texts["train"] | texts["validation"] == {f"train {n}" for n in range(50)}
+    assert texts["test"] == {f"validation {n}" for n in range(20)}
+
+
+def test_invalid_lines_and_settings(config: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(config.results)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"backbone": "minilm"}\n')
+    with pytest.raises(UserError, match=r"study.jsonl, line 1: is not a result of the study; remove the line"):
+        read_results(path)
+    assert main(["methods=[magic]"]) == 2
+    assert "methods=[magic]: expected some of head, adapter" in capsys.readouterr().err
+    assert main(["report=true", f"results={tmp_path / 'none.jsonl'}"]) == 0
+
+
+def test_sources_share_no_texts_with_the_target() -> None:
+    config = StudyConfig()
+    assert "mr" not in config.sources_of("sst2") and "sst2" not in config.sources_of("mr")
+    assert "stsb" not in config.sources_of("mrpc") and "qqp" in config.sources_of("mrpc")
+    assert all(target not in config.sources_of(target) for target in config.targets)
