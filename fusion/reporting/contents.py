@@ -275,6 +275,26 @@ def tables_of(contents: Contents) -> list[Table]:
             ("target", "split", "method", "settings", "seeds", "metric", "mean", "sd"),
             (row for target in targets for row in _metrics(target)),
         ),
+        *_of_errors(contents),
+        *map(_attention, contents.attention),
+        table(
+            "needed",
+            "Score without each source (source ablation), without further training",
+            ABLATION,
+            (row for one in contents.inspected for row in _ablation(one)),
+        ),
+        table(
+            "cost",
+            "Cost, means over seeds",
+            ("target", "method", "score", *(title for *_, title in _COSTS.values())),
+            ([one.label, *row.values()] for one in targets for row in costs(one)),
+        ),
+    ]
+
+
+def _of_errors(contents: Contents) -> list[Table]:
+    """Return the tables of errors that are not empty."""
+    every = [
         table(
             "classes",
             "Scores per class, means over seeds",
@@ -293,20 +313,8 @@ def tables_of(contents: Contents) -> list[Table]:
             ("target", "method", "training examples", "seeds", "mean", "sd"),
             (row for title, methods in contents.by_labels.items() for row in _by_labels(title, methods)),
         ),
-        *map(_attention, contents.attention),
-        table(
-            "needed",
-            "Score without each source (source ablation), without further training",
-            ABLATION,
-            (row for one in contents.inspected for row in _ablation(one)),
-        ),
-        table(
-            "cost",
-            "Cost, means over seeds",
-            ("target", "method", "score", *(title for *_, title in _COSTS.values())),
-            ([one.label, *row.values()] for one in targets for row in costs(one)),
-        ),
     ]
+    return [one for one in every if len(one.frame)]
 
 
 def _difference(target: Target, group: Group) -> list[Any]:

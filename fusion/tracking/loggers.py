@@ -242,7 +242,7 @@ def log_errors(loggers: Sequence[Logger], splits: Mapping[str, Mapping[str, Any]
             if len(errors.classes.names) <= MOST_CLASSES:
                 drawn["confusion"] = confusion_figure(errors.confusion, errors.classes.names, split)
             if errors.bins:
-                run.summary.update({f"best/{split}/ece": errors.ece})
+                run.summary.update({f"calibration/{split}/ece": errors.ece})
                 drawn["calibration"] = reliability_figure({split: errors.bins}, "Confidence and accuracy")
             run.log({f"{split}/{key}": wandb.Image(figure, file_type="png") for key, figure in drawn.items()})
 

@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     calls: list[tuple[str, list[str]]] = []
 
     def values(words: list[str]) -> dict[str, str]:
-        return dict(word.partition("=")[::2] for word in words if "=" in word)  # type: ignore[misc]
+        return dict(word.partition("=")[::2] for word in words if "=" in word)
 
     def run(module: str, words: Any) -> None:
         calls.append((module, list(words)))
@@ -80,7 +80,7 @@ def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str
     done.run()
     shown = []
     for module, words in trained:
-        of = dict(word.partition("=")[::2] for word in words if "=" in word)  # type: ignore[misc]
+        of = dict(word.partition("=")[::2] for word in words if "=" in word)
         if module != "fusion.evaluate":
             shown.append((of["+task"], of.get("seed"), of["optim.lr"], of.get("sources"), of.get("method")))
     own = "{}-100-adapter-lr-0.002-seed-${{seed}}"

@@ -320,7 +320,7 @@ def test_page_that_is_too_large(tmp_path: Path, write: Write, monkeypatch: pytes
 def test_without_finished_runs(tmp_path: Path, write: Write) -> None:
     write(status="failed")
     text = written(contents(tmp_path), tmp_path)
-    assert text.count('class="nothing"') == 6
+    assert text.count('class="nothing"') == 7
     assert "1 failed" in text
 
 
@@ -352,8 +352,8 @@ def test_figure_and_table_files(tmp_path: Path, write: Write) -> None:
     folder = tmp_path / "some files"
     names = {path.name for path in write_files(contents(tmp_path, inspection()), folder)}
     figures = {"scores", "attention-tweets-fusion-of-2", "attention-by-target", "entropy", "needed-tweets-fusion-of-2"}
-    figures |= {"curves-tweets", "cost-tweets"}
-    table_names = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost"}
+    figures |= {"curves-tweets", "cost-tweets", "confusion-tweets-single-adapter", "confusion-tweets-fusion-of-2"}
+    table_names = {"scores", "differences", "metrics", "attention-tweets-fusion-of-2", "needed", "cost", "classes"}
     assert names == {f"{n}.{e}" for n in figures for e in ("png", "svg")} | {
         f"{n}.{e}" for n in table_names for e in ("csv", "tex")
     }
