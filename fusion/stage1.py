@@ -25,6 +25,10 @@ def main(config: Stage1Config, run: Run) -> dict[str, Any]:
     if output.stored is not None:
         return output.result()
     with output.attempt(run, config.resume):
+        if config.search:
+            from fusion.analysis.search import search
+
+            return search(config, run, output, output_of, train)
         return train(config, run, output)
 
 

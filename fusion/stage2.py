@@ -31,6 +31,16 @@ def main(config: Stage2Config, run: Run) -> dict[str, Any]:
     if output.stored is not None:
         return output.result()
     with output.attempt(run, config.resume):
+        if config.search:
+            from fusion.analysis.search import search
+
+            return search(
+                config,
+                run,
+                output,
+                lambda one, own: output_of(one, inputs, own),
+                lambda one, own, place: train(one, own, inputs, place),
+            )
         return train(config, run, inputs, output)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from fusion.config.compositions import CompositionConfig
 from fusion.config.data import DataConfig, require_max_length
-from fusion.config.fields import MAX_SEED, Settings, choice, integer, number, require
+from fusion.config.fields import MAX_SEED, Settings, checked, choice, integer, number, require
 from fusion.config.methods import ADAPTER, METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
@@ -31,6 +31,13 @@ def source_names(value: Any, expected: str) -> Any:
     known = value == "all" or ("top:N" in expected and re.fullmatch(r"top:[1-9]\d*", str(value)) is not None)
     require(known, f"{override('sources', value)}: expected {expected}")
     return value
+
+
+def _are_distinct_rates(value: Any) -> bool:
+    if not isinstance(value, list):
+        return value is None
+    numbers = all(type(rate) in (int, float) and 0 < rate < 1000 for rate in value)
+    return 0 < len(value) == len(set(value)) and numbers
 
 
 @dataclass
@@ -55,9 +62,20 @@ class StageConfig(Settings):
     )
     compile: bool = False  # torch.compile for the backbone's layers; needs a C++ compiler
     seed: int = integer(42, 0, MAX_SEED)
+    search: bool = False  # train with each of `search_rates` and `search_seeds` seeds, and keep the best artifact
+    search_rates: Any = checked(  # learning rates
+        None,
+        _are_distinct_rates,
+        "distinct numbers > 0 such as [1e-4,5e-4], or null for a third, one and three times optim.lr",
+    )
+    search_seeds: int = integer(1, 1, 1000)  # from `seed` on
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.search or (self.search_rates, self.search_seeds) == (None, 1),
+            "search_rates and search_seeds: have no effect without search=true; leave them out",
+        )
         self.backbone.dropout = bool(self.backbone.dropout)
         require(
             self.backbone.dtype != "float16" or str(self.trainer.precision) in ("16-mixed", "16"),
@@ -88,6 +106,12 @@ class StageConfig(Settings):
     def rate_key(self) -> str:
         """Key of the default learning rate, see `RATES`."""
         return "adapter"
+
+    @property
+    def rates_to_search(self) -> list[float]:
+        if self.search_rates is not None:
+            return [float(rate) for rate in self.search_rates]
+        return [float(f"{self.optim.rate * factor:.2g}") for factor in (1 / 3, 1.0, 3.0)]
 
     @property
     def task_list(self) -> list[TaskConfig]:

@@ -55,6 +55,7 @@ ADDED_LATER: dict[str, Any] = {
     **_defaults(SplitConfig),
     "init_from": None,
     "head.init": "zero",
+    **{"search": False, "search_rates": None, "search_seeds": 1},
     **{f"optim.{key}": default_of(next(f for f in fields(OptimConfig) if f.name == key)) for key in _OPTIM_ADDED},
     **_defaults(LossConfig),
 }

@@ -100,6 +100,13 @@ def score(task: TaskConfig, scores: Tensor, labels: NDArray[Any] | None) -> dict
     return kind.metrics(task, plain, kind.predict(outputs, kind.decision(task, outputs, plain)))
 
 
+def main_score(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[TaskConfig]) -> float:
+    """Return the value of `main_metric`, given the metrics by split, as in result.json."""
+    splits = {split: next((t for t in tasks if split.startswith(f"{t.name}/")), tasks[0]) for split in metrics}
+    values = [metrics[name.rpartition("/")[0]][name.rpartition("/")[2]] for name in main_metrics(splits)]
+    return sum(values) / len(values)
+
+
 def main_metric(splits: Mapping[str, TaskConfig]) -> str:
     """Return the name of the metric that selects the best epoch: the main metric, or the mean for multiple tasks."""
     names = main_metrics(splits)

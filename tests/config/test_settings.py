@@ -303,6 +303,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "composition.prior_own": {"prior": "own"},
     "composition.prior_penalty": {"prior": "uniform"},
     "data.limit.train_seed": {"train": 100},
+    "search_seeds": {"search": True},
 }
 BOUNDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
