@@ -2,7 +2,7 @@
 
 {half}      half the number of layers of the backbone
 {keep}      two, or the number of sources minus one if that is smaller
-{sources}   the source adapters; {dropped}: source adapters trained with AdapterDrop
+{sources}   the source adapters; {others}: without those of the target; {dropped}: trained with AdapterDrop
 {tasks}     the tasks of the sources and the target
 {ID}        the artifact of the method with that id and its best learning rate, which has to be listed before
 """
@@ -14,11 +14,13 @@ from string import Formatter
 
 SINGLE, MULTITASK, COMPOSITIONS = "one task alone", "multi-task", "combinations"  # values in results.json
 GROUPS = (SINGLE, MULTITASK, COMPOSITIONS)
-NEED_SOURCES = {"half", "sources", "dropped"}  # {half} is read from the manifest of a source
+NEED_SOURCES = {"half", "sources", "others", "dropped"}  # {half} is read from the manifest of a source
 _FUSION = "sources=[{sources}] composition=adapterfusion"
 _COMPOSE = "sources=[{sources}] composition="
 _WITH_MULTITASK = "sources=[{sources},{multitask_adapter}] composition=adapterfusion"
+_OWN = "sources=[{others},{pfeiffer}] composition=adapterfusion composition."
 _DROP = f"{_FUSION} composition.drop="
+FOLDS = 4  # of cross-fitting
 _PRUNED = "composition=pruned composition.fusion={adapterfusion} composition.keep={keep} composition.train="
 # id, title, overrides
 _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
@@ -45,6 +47,18 @@ _TABLE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("adapterfusion", "AdapterFusion", _FUSION),
         ("fusion_no_value", "AdapterFusion without value matrix", f"{_FUSION} composition.value_matrix=false"),
         ("fusion_rank_32", "AdapterFusion, query and key of rank 32", f"{_FUSION} composition.rank=32"),
+        ("fusion_null_source", "AdapterFusion with a null source", f"{_FUSION} composition.null_source=true"),
+        (
+            "fusion_prior",
+            "AdapterFusion, initialized to the single adapter",
+            f"{_OWN}prior=own composition.prior_own=0.9 composition.prior_penalty=0.1",
+        ),
+        (
+            "fusion_source_dropout",
+            "AdapterFusion, single adapter dropped",
+            f"{_OWN}source_dropout=0.5 composition.dropped=own",
+        ),
+        ("fusion_cross_fit", "AdapterFusion, single adapter cross-fitted", f"{_OWN}cross_fit={FOLDS}"),
         ("static", "static weights", f"{_COMPOSE}static"),
         ("mean", "mean of the outputs", f"{_COMPOSE}mean"),
         ("scalearn", "ScaLearn", f"{_COMPOSE}scalearn"),

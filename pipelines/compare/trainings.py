@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
+from fusion.config.data import LeaveOut
 from fusion.errors import UserError
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
 from fusion.text import key_of
 from pipelines.commands import typed
 from pipelines.compare.config import Comparison
-from pipelines.compare.rows import MULTITASK, Row
+from pipelines.compare.rows import FOLDS, MULTITASK, ROWS, Row
 
 SOURCE_RATE = 5e-4
 
@@ -60,6 +61,19 @@ def row_training(comparison: Comparison, row: Row, values: Mapping[str, str]) ->
     }
     swept.append(f"name={artifact_name(comparison, row.id, '${optim.lr}' if grid else None)}")
     return _training(comparison, row.module, row.id, own, budget, swept, artifacts)
+
+
+def fold_training(comparison: Comparison, rate: float | None) -> Training:
+    """Build the sweep that trains the single adapter with one learning rate without each fold of the examples."""
+    row = next(row for row in ROWS if row.id == "pfeiffer")
+    one = comparison if rate is None else replace(comparison, config=replace(comparison.config, rates=[rate]))
+    whole = row_training(one, row, {})
+    every = [LeaveOut(fold, FOLDS) for fold in range(FOLDS)]
+    folder = comparison.output / "runs" / "folds"
+    overrides = [word for word in whole.overrides if key_of(word) != "hydra.sweep.dir"]
+    overrides += [f"data.leave_out={','.join(map(str, every))}", f"hydra.sweep.dir={folder}"]
+    artifacts = [f"{name}{left_out.suffix}" for name in whole.names for left_out in every]
+    return Training(whole.module, tuple(overrides), {None: artifacts}, folder)
 
 
 def artifact_name(comparison: Comparison, id: str, rate: float | str | None) -> str:

@@ -13,7 +13,7 @@ from fusion.runs.run import describe
 from fusion.runs.sweep import Sweep
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
-from fusion.text import shortened
+from fusion.text import key_of, shortened
 from pipelines.commands import Outcome, attempt, say, typed
 from pipelines.compare import inference, trainings
 from pipelines.compare.config import Comparison
@@ -124,6 +124,8 @@ class Workflow:
     def run_row(self, row: Row) -> None:
         """Train a method and read its results. Raises UserError if an artifact that it depends on is missing."""
         values = self.values(row)
+        if "composition.cross_fit" in map(key_of, row.words.split()):
+            self.train_folds()
         training = trainings.row_training(self.comparison, row, values)
         again = ("overwrite=true",) if self.is_stale(training, [values[id] for id in row.needs]) else ()
         reasons, _ = self.train(replace(training, overrides=(*training.overrides, *again)))
@@ -143,10 +145,27 @@ class Workflow:
             "half": lambda: str(self.half()),
             "keep": lambda: str(max(1, min(2, len(self.sources) - 1))),
             "sources": lambda: ",".join(self.available(self.sources)),
+            "others": lambda: ",".join(self.other_sources()),
             "dropped": lambda: ",".join(self.dropped_sources()),
             "tasks": lambda: ",".join(dict.fromkeys([*self.source_tasks(), self.comparison.target])),
         }
         return {name: self.best_of(name) if name in IDS else available[name]() for name in row.placeholders}
+
+    def other_sources(self) -> list[str]:
+        """Return the sources that were not trained on the target."""
+        target = self.comparison.target
+        found = [name for name in self.available(self.sources) if self.manifest(name).task_names != [target]]
+        if not found:
+            raise UserError(f"all sources were trained on {target}; add others to sources=")
+        return found
+
+    def train_folds(self) -> None:
+        """Train the single adapter without each fold of the examples."""
+        rate = next(result.rate for result in self.rows if result.id == "pfeiffer")
+        training = trainings.fold_training(self.comparison, rate)
+        reasons, _ = self.train(training)
+        if reasons:
+            raise UserError(f"depends on {next(iter(reasons))}: {next(iter(reasons.values()))}")
 
     def best_of(self, id: str) -> str:
         """Return the artifact name of a method with its best learning rate, for all seeds."""

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from fusion import stage1, stage2
+from fusion.config.data import LeaveOut
 from fusion.errors import UserError
 from fusion.store.lookup import read_manifest
 from pipelines.commands import Outcome
@@ -38,6 +39,8 @@ VALUES = {
     "half": "3",
     "keep": "2",
     "sources": "mrpc,cb",
+    "others": "mrpc",
+    "pfeiffer": "cb-pfeiffer-lr-0.0005",
     "dropped": "mrpc-dropped,cb-dropped",
     "tasks": "mrpc,cb",
     "adapterfusion": "cb-adapterfusion-lr-0.0005",
@@ -59,11 +62,14 @@ def compare_of(*arguments: str) -> Comparison:
 
 
 def test_rows_come_after_those_they_are_made_from() -> None:
-    assert len(set(IDS)) == len(IDS) == 35
+    assert len(set(IDS)) == len(IDS) == 39
     for position, row in enumerate(ROWS):
         assert all(IDS.index(needed) < position for needed in row.needs), row.id
-        assert row.placeholders <= {"half", "keep", "sources", "dropped", "tasks", *IDS}, row.id
-    assert [row.id for row in ROWS if row.needs] == ["fusion_with_multitask", "pruned", "pruned_trained"]
+        assert row.placeholders <= {"half", "keep", "sources", "others", "dropped", "tasks", *IDS}, row.id
+    assert [row.id for row in ROWS if row.needs] == [
+        *("fusion_prior", "fusion_source_dropout", "fusion_cross_fit"),
+        *("fusion_with_multitask", "pruned", "pruned_trained"),
+    ]
     assert [row.id for row in ROWS if not row.trains] == ["pruned"]
     assert [row.id for row in chosen([])] == list(IDS)
     assert [row.id for row in chosen(["mean", "head"])] == ["head", "mean"]
@@ -317,16 +323,17 @@ class Commands:
         folder = Path(values["hydra.sweep.dir"])
         if folder.name in self.refused:
             return Outcome(2, 0.1, ("a warning", f"job 0 (+task=cb): {self.refused[folder.name]}"))
-        swept = {key: values.get(key, "").split(",") for key in ("task", "optim.lr", "seed")}
+        swept = {key: values.get(key, "").split(",") for key in ("task", "optim.lr", "seed", "data.leave_out")}
         codes = [self.job(values, overrides, job) for job in itertools.product(*swept.values())]
         return Outcome(max(codes), 0.1, ("1 of several jobs failed:",) if any(codes) else ())
 
     def job(self, values: dict[str, str], overrides: list[str], swept: tuple[str, ...]) -> int:
-        task, rate, seed = swept
+        task, rate, seed, left_out = swept
         values = {key: value.replace("${seed}", seed) for key, value in values.items()}
         name = values.get("name", task)
         for key, value in (("task.name", task), ("optim.lr", rate)):
             name = name.replace(f"${{{key}}}", value)
+        name += LeaveOut.parse(left_out).suffix if left_out else ""
         folder = Path(values["hydra.sweep.dir"]) / name
         folder.mkdir(parents=True, exist_ok=True)
         error = self.errors.get(name)
@@ -339,7 +346,7 @@ class Commands:
             return 0
         if folder.parent.name not in self.new:
             self.new.append(folder.parent.name)
-        mine = {"task": task, "optim.lr": rate, "seed": seed}
+        mine = {"task": task, "optim.lr": rate, "seed": seed, "data.leave_out": left_out}
         words = [
             f"{key}={mine[key.lstrip('+')]}" if key.lstrip("+") in mine else f"{key}={value}"
             for key, _, value in (word.partition("=") for word in overrides if word != "-m")
@@ -399,8 +406,11 @@ def results(folder: Path) -> dict[str, Any]:
 
 def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, tmp_path: Path) -> None:
     assert commands.compare() == 0
-    position = IDS.index("fusion_of_dropped")
-    assert commands.trained() == ["sources", *IDS[:position], "sources-dropped", *IDS[position:]]
+    crossed, position = IDS.index("fusion_cross_fit"), IDS.index("fusion_of_dropped")
+    later = [*IDS[crossed:position], "sources-dropped", *IDS[position:]]
+    assert commands.trained() == ["sources", *IDS[:crossed], "folds", *later]
+    folds = next(call for call in commands.calls if "data.leave_out=0/4,1/4,2/4,3/4" in call)
+    assert folds[:3] == ["fusion.stage1", "-m", "+task=cb"] and sum("optim.lr=" in word for word in folds) == 1
     assert commands.calls[-1][0] == TIMING
     content = results(tmp_path)
     assert [row["id"] for row in content["rows"]] == list(IDS) and content["failures"] == []
@@ -412,7 +422,7 @@ def test_all_rows_run_once_and_a_second_run_trains_nothing(commands: Commands, t
     commands.calls.clear()
     assert commands.compare() == 0
     assert commands.trained() == []
-    assert len(commands.calls) == 35, "neither sources nor timings"
+    assert len(commands.calls) == 40, "neither sources nor timings"
     assert not any("overwrite=true" in call for call in commands.calls)
     assert (tmp_path / "table.md").read_text() == first and results(tmp_path) == content
 
