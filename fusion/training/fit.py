@@ -43,6 +43,7 @@ from fusion.training.task_rows import TaskRows
 
 log = logging.getLogger(__name__)
 
+EVALUATIONS = 10  # of a run with more than `optim.epochs` epochs, at least
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 PROFILERS: dict[str, type[AdvancedProfiler | SimpleProfiler]] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
 
@@ -186,8 +187,8 @@ def planned_epochs(optim: OptimConfig, trainer: TrainerConfig, batches: int) -> 
     """Return the number of epochs, after how many of them the model is evaluated, and the epochs of `optim.min_steps`.
 
     There are `optim.epochs`, or as many as it takes to train `optim.min_steps` (or, if it is set, `trainer.max_steps`)
-    optimizer steps. With more than `optim.epochs`, the model is evaluated at most that many times, since a small
-    training split may come with a large validation split.
+    optimizer steps. With more than `optim.epochs`, the model is evaluated at most that many times, or ten times if that
+    is more, since a small training split may come with a large validation split.
     """
     limit = trainer.limit_train_batches
     if limit is not None:
@@ -197,7 +198,7 @@ def planned_epochs(optim: OptimConfig, trainer: TrainerConfig, batches: int) -> 
     least = optim.min_steps / steps
     if trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval is not None:
         return epochs, trainer.check_val_every_n_epoch, least
-    every = math.ceil(epochs / optim.epochs)
+    every = 1 if epochs == optim.epochs else math.ceil(epochs / max(optim.epochs, EVALUATIONS))
     return math.ceil(epochs / every) * every, every, least
 
 
