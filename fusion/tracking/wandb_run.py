@@ -130,6 +130,9 @@ def _init(config: WandbConfig, mode: Literal["online", "offline"], labels: dict[
     # Lightning only defines these metrics for runs that it starts.
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)
+    # One curve per slot would come before loss and scores; `attention/picture` and `attention/table` show the values.
+    for name in ("entropy", "value_distance"):
+        run.define_metric(f"attention/{name}/*", step_metric=STEP, step_sync=True, hidden=True)
     return run
 
 

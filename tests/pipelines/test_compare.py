@@ -721,6 +721,7 @@ def test_a_small_comparison_for_real(
         return Outcome(ended.value.code, 0.1, tuple(shown.err.splitlines()))
 
     monkeypatch.setattr(workflow, "attempt", attempt)
+    monkeypatch.setattr(inference, "SECONDS", 2.0)
     broken = Row("broken", "an unknown method", SINGLE, "method=nothing_like_it")
     monkeypatch.setattr(config_module, "chosen", lambda ids: [broken, *chosen(ids)])
     words = [
