@@ -64,6 +64,8 @@ ADDED_LATER: dict[str, Any] = {
 def identity_config(config: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the flat part of a config that affects the results: `{"optim.lr": 1e-4, ...}` and "inputs.KEY"."""
     left_out = (*NOT_IDENTITY, *(f"trainer.{key}" for key in NOT_IDENTITY_TRAINER))
+    if (config.get("trainer") or {}).get("max_epochs") is not None:  # these settings then have no effect
+        left_out += tuple(f"optim.{key}" for key in _OPTIM_ADDED)
     absent = object()
     found = {
         key: json.loads(json.dumps(value, default=str))  # as read back from JSON
