@@ -95,9 +95,8 @@ def search(
     if config.trainer.fast_dev_run:
         return result | {"name": config.name, "search": found}
     path = _keep(config, run, output, str(chosen.name), found)
-    for one in every:
-        if one.name in names(output.store):
-            remove(str(one.name), output.store)
+    for name in {str(one.name) for one in every} & set(names(output.store)):
+        remove(name, output.store)
     return result_of(read_folder(path), path)
 
 

@@ -48,20 +48,23 @@ class SlotSources:
 
 
 def _of_bank(
-    module: str, name: str, keys: tuple[str, ...], settings: CompositionConfig, sources: SlotSources, shared: None
+    module: str,
+    name: str,
+    keys: tuple[str, ...],
+    settings: CompositionConfig,
+    sources: SlotSources,
+    shared: None,
+    **options: Any,
 ) -> SlotModule:
-    """Build a layer of `fusion.layers` over the bank of sources, with the settings listed in `keys`."""
+    """Build a layer of `fusion.layers` over the bank of sources, with the settings listed in `keys` and `options`."""
     layer = getattr(importlib.import_module(f"fusion.layers.{module}"), name)
-    built: SlotModule = layer(sources.bank(), **{key: getattr(settings, key) for key in keys})
+    built: SlotModule = layer(sources.bank(), **{key: getattr(settings, key) for key in keys}, **options)
     return built
 
 
 def _attention(name: str, settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
-    layer = getattr(importlib.import_module("fusion.layers.attention"), name)
     keys = ("value_matrix", "temperature", "dropout", "rank", "null_source")
-    options = {key: getattr(settings, key) for key in keys}
-    built: SlotModule = layer(sources.bank(), prior=settings.prior_over(sources), **options)
-    return built
+    return _of_bank("attention", name, keys, settings, sources, shared, prior=settings.prior_over(sources))
 
 
 _adapterfusion, _sequence = (partial(_attention, name) for name in ("AdapterFusion", "SequenceFusion"))
@@ -200,18 +203,17 @@ class CompositionConfig(NamedSettings, group="composition"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs = {"prior_own": self.prior == "own", "prior_penalty": self.prior is not None}
-        needs["dropped"] = self.source_dropout > 0
-        for key, holds in needs.items():
-            wanted = {
-                "prior_own": "prior=own",
-                "prior_penalty": "prior=uniform or own",
-                "dropped": "source_dropout=0.5",
-            }
-            value = getattr(self, key)
+        needs = {  # whether a setting has an effect, and the setting that it needs
+            "prior_own": (self.prior == "own", "prior=own"),
+            "prior_penalty": (self.prior is not None, "prior=uniform or own"),
+            "dropped": (self.source_dropout > 0, "source_dropout=0.5"),
+        }
+        for setting in fields(self):
+            has_effect, other = needs.get(setting.name, (True, ""))
+            value = getattr(self, setting.name)
             require(
-                holds or value == default_of(next(f for f in fields(self) if f.name == key)),
-                f"{override(f'composition.{key}', value)}: has no effect without composition.{wanted[key]}; leave it out",
+                has_effect or value == default_of(setting),
+                f"{override(f'composition.{setting.name}', value)}: has no effect without composition.{other}; leave it out",
             )
 
     def loss_weights(self) -> dict[str, float]:

@@ -70,6 +70,11 @@ class LeaveOut(NamedTuple):
             raise ValueError(text)
         return cls(fold, folds)
 
+    @classmethod
+    def each(cls, folds: int) -> list[LeaveOut]:
+        """Return one for each fold."""
+        return [cls(fold, folds) for fold in range(folds)]
+
     def __str__(self) -> str:
         return f"{self.fold}/{self.folds}"
 

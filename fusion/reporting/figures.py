@@ -136,8 +136,11 @@ def attention_figure(record: Mapping[str, Any]) -> Figure:
 
 def confusion_figure(confusion: Floats, names: Sequence[str], title: str) -> Figure:
     """Plot a confusion matrix, (C, C)."""
-    title = textwrap.fill(f"{title}: label (rows), prediction (columns)", 20 + 6 * len(names))
-    return heatmap_figure(confusion, names, names, "label", title)
+    figure = heatmap_figure(confusion, names, names, "label", "")
+    (axes,) = figure.axes
+    axes.set_xlabel("prediction")
+    axes.set_title(textwrap.fill(title, int(8 * figure.get_figwidth())))
+    return figure
 
 
 def by_target_figure(every: Sequence[Attention]) -> Figure:

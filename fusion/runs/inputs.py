@@ -83,7 +83,7 @@ def _folds(config: Stage2Config, sources: Sequence[Manifest], store: Path) -> di
 
 
 def _folds_of(source: Manifest, count: int, store: Path) -> list[Manifest]:
-    every = [LeaveOut(fold, count) for fold in range(count)]
+    every = LeaveOut.each(count)
     wanted, there = [f"{source.name}{one.suffix}" for one in every], names(store)
     if missing := [name for name in wanted if name not in there]:
         others = ("name", "data.leave_out", "seed")

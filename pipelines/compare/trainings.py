@@ -68,7 +68,7 @@ def fold_training(comparison: Comparison, rate: float | None) -> Training:
     row = next(row for row in ROWS if row.id == "pfeiffer")
     one = comparison if rate is None else replace(comparison, config=replace(comparison.config, rates=[rate]))
     whole = row_training(one, row, {})
-    every = [LeaveOut(fold, FOLDS) for fold in range(FOLDS)]
+    every = LeaveOut.each(FOLDS)
     folder = comparison.output / "runs" / "folds"
     overrides = [word for word in whole.overrides if key_of(word) != "hydra.sweep.dir"]
     overrides += [f"data.leave_out={','.join(map(str, every))}", f"hydra.sweep.dir={folder}"]

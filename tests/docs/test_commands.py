@@ -27,6 +27,7 @@ from fusion.cli.job_config import Command, prepare
 from pipelines import adapterdrop, demo, precision, ranking, two_stage
 from pipelines.commands import read_config
 from pipelines.compare.config import read_comparison
+from pipelines.study.config import StudyConfig
 from tests.docs.commands import COMMANDS, PAGES, ROOT, DocumentedCommand, blocks
 
 HYDRA = ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report")
@@ -39,6 +40,7 @@ PIPELINES = {
     "ranking": ranking.RankingConfig,
     "adapterdrop": adapterdrop.DropConfig,
     "precision": precision.PrecisionConfig,
+    "study": StudyConfig,
 }
 
 

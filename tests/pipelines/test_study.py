@@ -10,8 +10,12 @@ import pytest
 
 from fusion.data.rows import Rows
 from fusion.errors import UserError
-from pipelines import study
-from pipelines.study import Cell, Study, StudyConfig, best_rate, comparisons, main, read_results
+from pipelines.study import trainings
+from pipelines.study.__main__ import main
+from pipelines.study.config import StudyConfig
+from pipelines.study.results import Cell, best_rate, read_results
+from pipelines.study.table import comparisons, report
+from pipelines.study.trainings import Study
 
 SCORES = {"head": 0.6, "adapter": 0.7, "fusion": 0.8}
 
@@ -70,8 +74,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
                 }
                 (runs / name / "result.json").write_text(json.dumps(made))
 
-    monkeypatch.setattr(study, "run", run)
-    monkeypatch.setattr(study, "write_splits", lambda config, task: None)
+    monkeypatch.setattr(trainings, "run", run)
+    monkeypatch.setattr(trainings, "write_splits", lambda config, task: None)
     return calls
 
 
@@ -152,7 +156,7 @@ def test_comparisons_are_paired_by_seed(config: StudyConfig, capsys: pytest.Capt
     assert one.difference == pytest.approx(0.05) and len(one.scores) == 5
     assert one.low == pytest.approx(0.05) and one.p is not None and one.p < 0.2
     assert found["fusion", "cb"].difference == pytest.approx(-0.01)
-    study.report(config, results)
+    report(config, results)
     printed = capsys.readouterr().out
     assert "fusion, as published" in printed and "+0.050" in printed and "0.630 ± 0.016" in printed
 
@@ -167,8 +171,8 @@ def test_held_out_examples(config: StudyConfig, monkeypatch: pytest.MonkeyPatch)
         count = 50 if split == "train" else 20
         return Rows([(f"{split} {n}", "b") for n in range(count)], None, [n % 3 for n in range(count)], 0, "f")
 
-    monkeypatch.setattr(study, "examples", examples)
-    study.write_splits(config, "cb")
+    monkeypatch.setattr(trainings, "examples", examples)
+    trainings.write_splits(config, "cb")
     lines = {
         split: [json.loads(line) for line in (config.data / "cb" / f"{split}.jsonl").read_text().splitlines()]
         for split in ("train", "validation", "test")

@@ -1,0 +1,125 @@
+"""Compare fusion with its baselines on many targets with few labels, at equal budget and on examples that chose nothing.
+
+    python -m pipelines.study data_dir=../shared/data targets=[sst2,qqp] rows=[100] seeds=[1,2,3]
+
+Source adapters are trained once, on up to `source_rows` examples. For each target, number of training examples and seed
+(which also selects the sample of training examples), each method of `methods` is trained with the same number of
+steps and the same examples. The best of its evaluations, and for each method and number of examples the best of `rates`
+(with the first seed, averaged over the targets), are selected on `validation_rows` examples that are held out from the
+training split. The scores are those on the examples of the task's test split or, if it has no labels, validation split,
+which select nothing. The sources of a target never include its own adapter of all examples, nor those of
+`RELATED_TEXTS`.
+
+Each result is appended to `results` as one JSON line, so that an interrupted study continues. Artifacts of stage 2 are
+removed after their evaluation. `report=true` trains nothing and prints the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from fusion.config.fields import Settings, checked, integer
+from pipelines.commands import distinct
+
+STAGE1, STAGE2 = "fusion.stage1", "fusion.stage2"
+BASELINE = "adapter"
+# Pairs of tasks that share texts: the adapter of one is not a source for the other.
+RELATED_TEXTS = ({"sst2", "mr"}, {"mrpc", "stsb"}, {"movies", "movies_rating"}, {"tweets", "tweets_rating"})
+FOLDS = 4  # of cross-fitting
+
+
+class StudyMethod(NamedTuple):
+    """A method of the study. Its overrides may contain {own} and {sources}."""
+
+    title: str
+    module: str
+    overrides: str
+    rates: tuple[float, ...]  # learning rates to select from
+
+    @property
+    def uses_own(self) -> bool:
+        """Whether the target's own adapter is among the sources."""
+        return "{own}" in self.overrides
+
+
+_FUSION = "composition=adapterfusion sources=[{sources}"
+METHODS: dict[str, StudyMethod] = {
+    "head": StudyMethod("head", STAGE1, "method=head", (2e-3, 5e-3, 2e-2)),
+    "adapter": StudyMethod("single adapter", STAGE1, "", (5e-4, 1e-3, 2e-3)),
+    "full": StudyMethod("full fine-tuning", STAGE1, "method=full", (2e-5, 5e-5, 1e-4)),
+    "fusion": StudyMethod("fusion, as published", STAGE2, _FUSION + ",{own}]", (1e-4, 2e-4, 5e-4)),
+    "fusion_without_own": StudyMethod("fusion without the own adapter", STAGE2, _FUSION + "]", (1e-4, 2e-4, 5e-4)),
+    "fusion_cross_fit": StudyMethod(
+        "fusion, cross-fitted", STAGE2, _FUSION + f",{{own}}] composition.cross_fit={FOLDS}", (1e-4, 2e-4, 5e-4)
+    ),
+    "fusion_dropout": StudyMethod(
+        "fusion, own adapter dropped",
+        STAGE2,
+        _FUSION + ",{own}] composition.source_dropout=0.5 composition.dropped=own",
+        (1e-4, 2e-4, 5e-4),
+    ),
+    "fusion_new_adapter": StudyMethod(
+        "fusion with a new adapter and a null source",
+        STAGE2,
+        _FUSION + "] composition.null_source=true composition.target_adapter=true",
+        (2e-4, 5e-4, 1e-3),
+    ),
+    "scalearn": StudyMethod("ScaLearn", STAGE2, "composition=scalearn sources=[{sources},{own}]", (2e-3, 5e-3, 1e-2)),
+    "mean": StudyMethod("mean", STAGE2, "composition=mean sources=[{sources},{own}]", (2e-3, 5e-3, 2e-2)),
+    "continued": StudyMethod(
+        "best source, continued", STAGE2, "composition=continued sources=[{sources}]", (5e-4, 1e-3, 2e-3)
+    ),
+}
+
+
+@dataclass
+class StudyConfig(Settings):
+    targets: list[str] = distinct(["sst2", "qqp", "subj", "cola", "mrpc", "stsb", "snli", "rte", "cb", "tweets"])
+    sources: list[str] = distinct(
+        ["mr", "sst2", "products", "movies", "qqp", "mrpc", "stsb", "snli", "qnli", "subj", "cola"]
+    )
+    rows: list[int] = distinct([100, 1000])
+    seeds: list[int] = distinct([1, 2, 3, 4, 5])
+    methods: list[str] = checked(
+        list(METHODS),
+        lambda ids: 0 < len(ids) == len(set(ids)) and set(ids) <= METHODS.keys(),
+        f"some of {', '.join(METHODS)}",
+    )
+    backbone: str = "minilm"
+    data_dir: str | None = None
+    source_rows: int = integer(3000, 1)
+    validation_rows: int = integer(100, 1)
+    test_rows: int = integer(500, 1)
+    output: str = "outputs/study"
+    results: str = "docs/results/study.jsonl"
+    overrides: list[str] = field(  # of the methods
+        default_factory=lambda: [
+            "data.batch_size=16",
+            "data.max_length=96",
+            "optim.epochs=3",
+            "optim.min_steps=150",
+            "optim.patience=null",
+        ]
+    )
+    source_overrides: list[str] = field(
+        default_factory=lambda: ["data.max_length=96", "trainer.max_epochs=3", "optim.lr=1e-3"]
+    )
+    report: bool = False
+
+    @property
+    def store(self) -> Path:
+        return Path(self.output) / "store"
+
+    @property
+    def data(self) -> Path:
+        return Path(self.output) / "data"
+
+    @property
+    def shared(self) -> list[str]:
+        return [f"backbone={self.backbone}", f"store={self.store}", "logger=none"]
+
+    def sources_of(self, target: str) -> list[str]:
+        related = [pair for pair in RELATED_TEXTS if target in pair]
+        return [source for source in self.sources if source != target and not any(source in pair for pair in related)]

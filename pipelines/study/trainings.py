@@ -1,0 +1,189 @@
+"""The trainings of the study: the splits of the targets, the source adapters, and a sweep per target and method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion.config.data import LeaveOut
+from fusion.errors import UserError
+from fusion.files import read_json
+from fusion.store.lookup import names
+from pipelines.commands import attempt, examples, say, task_config
+from pipelines.study.config import BASELINE, FOLDS, METHODS, STAGE1, StudyConfig
+from pipelines.study.results import Cell, append_results, best_rate, read_results
+
+_HELD_OUT_SEED = 20_261_201
+
+
+def write_splits(config: StudyConfig, task: str) -> None:
+    """Write the target's splits: test examples, validation examples that are held out from train, and the rest of train."""
+    folder = config.data / task
+    if (folder / "test.jsonl").is_file():
+        return
+    train = examples(task, "train", None, config.data_dir)
+    try:
+        test = examples(task, "test", config.test_rows, config.data_dir)
+    except UserError:
+        test = None
+    if test is None or test.labels is None:
+        test = examples(task, "validation", config.test_rows, config.data_dir)
+    order = np.random.RandomState(_HELD_OUT_SEED).permutation(len(train)).tolist()
+    count = min(config.validation_rows, len(train) // 3)
+    parts = {
+        "train": train.taken(sorted(order[count:])),
+        "validation": train.taken(sorted(order[:count])),
+        "test": test,
+    }
+    described = task_config(task)
+    columns = [described.text] if isinstance(described.text, str) else list(described.text)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation", "test"):  # test is written last, see above
+        rows = parts[split]
+        lines = []
+        for number, texts in enumerate(rows.texts):
+            line: dict[str, Any] = dict(zip(columns, texts, strict=True))
+            if rows.choices is not None:
+                names_of = described.choices if isinstance(described.choices, list) else None
+                line |= (
+                    dict(zip(names_of, rows.choices[number], strict=True))
+                    if names_of
+                    else {str(described.choices): rows.choices[number]}
+                )
+            line[described.label] = (rows.labels or [])[number]
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+class Study:
+    """Runs the trainings that have no result yet."""
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config, self.path = config, Path(config.results)
+        self.results = read_results(self.path)
+
+    def cell(self, target: str, rows: int, method: str, seed: int, rate: float) -> Cell:
+        return Cell(self.config.backbone, target, rows, method, seed, rate)
+
+    def train_sources(self) -> None:
+        config = self.config
+        wanted = {source for target in config.targets for source in config.sources_of(target)} - set(
+            names(config.store)
+        )
+        data = [f"data.dir={config.data_dir}"] if config.data_dir else []
+        for source in sorted(wanted):
+            place = data if task_config(source).corpus is None else []
+            limits = [f"data.limit.train={config.source_rows}", "data.limit.validation=300"]
+            words = [f"+task={source}", *config.shared, *place, *limits, *config.source_overrides]
+            run(STAGE1, [*words, f"hydra.run.dir={config.output}/runs/source-{source}"])
+
+    def run(self) -> None:
+        """Train everything. The learning rates are selected with the first seed, before the other seeds are trained."""
+        config = self.config
+        for target in config.targets:
+            write_splits(config, target)
+        self.train_sources()
+        first, *others = config.seeds
+        for rows in config.rows:
+            for method in config.methods:
+                for target in config.targets:
+                    self.train(target, rows, method, [first], METHODS[method].rates)
+                rate = best_rate(self.results, config, rows, method)
+                say(f"\n{METHODS[method].title}, {rows} examples: learning rate {rate:g}")
+                for target in config.targets:
+                    self.train(target, rows, method, others, [rate])
+
+    def train(self, target: str, rows: int, method: str, seeds: Sequence[int], rates: Sequence[float]) -> None:
+        """Train a method with each seed and learning rate that has no result, evaluate, and append the results."""
+        config = self.config
+        missing = [(s, r) for r in rates for s in seeds if self.cell(target, rows, method, s, r) not in self.results]
+        if not missing:
+            return
+        if METHODS[method].uses_own:
+            self.train(target, rows, BASELINE, [config.seeds[0]], METHODS[BASELINE].rates)
+            rate = best_rate(self.results, config, rows, BASELINE)
+            self.train(target, rows, BASELINE, [seed for seed, _ in missing], [rate])
+        if {seed for seed, _ in missing} == {config.seeds[0]}:
+            self._sweep(target, rows, method, [config.seeds[0]], [rate for _, rate in missing])
+            return
+        for rate in sorted({rate for _, rate in missing}):
+            self._sweep(target, rows, method, [seed for seed, other in missing if other == rate], [rate])
+
+    def _sweep(self, target: str, rows: int, method: str, seeds: Sequence[int], rates: Sequence[float]) -> None:
+        """Train a method in one sweep, evaluate the artifacts in another, and append the results."""
+        config, definition, runs = self.config, METHODS[method], Path(self.config.output) / "runs"
+        own = ""
+        if definition.uses_own:
+            own_rate = best_rate(self.results, config, rows, BASELINE)
+            own = artifact_name(target, rows, BASELINE, "${seed}", f"{own_rate:g}")
+            if "cross_fit" in definition.overrides:
+                self._train_folds(target, rows, seeds, own_rate, own)
+        words = definition.overrides.format(own=own, sources=",".join(config.sources_of(target))).split()
+        swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={','.join(map(str, rates))}"]
+        swept.append(f"name={artifact_name(target, rows, method, '${seed}', '${optim.lr}')}")
+        run(definition.module, ["-m", *words, *self._words(target, rows), *swept, *self._folders("${name}")])
+        cells = {
+            artifact_name(target, rows, method, str(seed), str(rate)): self.cell(target, rows, method, seed, rate)
+            for seed in seeds
+            for rate in rates
+        }
+        store = [f"store={config.store}", f"data.dir={config.data}"]
+        folder = self._folders("${artifact}-test")
+        run("fusion.evaluate", ["-m", f"artifact={','.join(cells)}", f"+task={target}", "split=test", *store, *folder])
+        found = [result_of(cell, runs / name, runs / f"{name}-test") for name, cell in cells.items()]
+        append_results(self.path, found)
+        self.results |= dict(zip(cells.values(), found, strict=True))
+        for name in cells:
+            if method != BASELINE:
+                shutil.rmtree(config.store / name)
+            for one in (name, f"{name}-test"):
+                shutil.rmtree(runs / one, ignore_errors=True)
+
+    def _folders(self, name: str) -> list[str]:
+        return [f"hydra.sweep.dir={self.config.output}/runs", f"hydra.sweep.subdir={name}"]
+
+    def _words(self, target: str, rows: int) -> list[str]:
+        config = self.config
+        sample = [f"data.dir={config.data}", f"data.limit.train={rows}", "data.limit.train_seed=${seed}"]
+        return [f"+task={target}", *config.shared, *sample, *config.overrides]
+
+    def _train_folds(self, target: str, rows: int, seeds: Sequence[int], rate: float, own: str) -> None:
+        """Train the own adapters without each fold of the examples; existing ones are skipped by the command."""
+        folds = ",".join(map(str, LeaveOut.each(FOLDS)))
+        swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={rate}", f"name={own}", f"data.leave_out={folds}"]
+        run(STAGE1, ["-m", *self._words(target, rows), *swept, *self._folders("${name}-without-${data.leave_out}")])
+
+
+def run(module: str, words: Sequence[str]) -> None:
+    """Run a command. Raises UserError if it fails."""
+    outcome = attempt(module, words)
+    if outcome.code:
+        raise UserError(f"{module} failed with exit code {outcome.code}: {' '.join(outcome.errors[-2:])}")
+
+
+def artifact_name(target: str, rows: int, method: str, seed: str, rate: str) -> str:
+    return f"{target}-{rows}-{method}-lr-{rate}-seed-{seed}"
+
+
+def result_of(cell: Cell, trained_in: Path, tested_in: Path) -> dict[str, Any]:
+    """Return a line of the results from the folders of the training and the evaluation."""
+    trained, tested = read_json(trained_in / "result.json"), read_json(tested_in / "result.json")
+    ((_, validation),) = trained["metrics"].items()
+    ((_, test),) = tested["metrics"].items()
+    metric = next(iter(test))
+    return {
+        **cell._asdict(),
+        "metric": metric,
+        "validation": validation[metric],
+        "test": test[metric],
+        "metrics": test,
+        "test_examples": tested["rows"],
+        "best_epoch": trained["best_epoch"],
+        "seconds": round(trained["speed"]["seconds"], 1),
+        "trainable": trained["parameters"]["trainable"],
+    }
