@@ -10,12 +10,15 @@ training split. The scores are those on the examples of the task's test split or
 which select nothing. The sources of a target never include its own adapter of all examples, nor those of
 `RELATED_TEXTS`.
 
-Each result is appended to `results` as one JSON line, so that an interrupted study continues. Artifacts of stage 2 are
-removed after their evaluation. `report=true` trains nothing and prints the tables.
+Each result is appended to `results` as one JSON line, so that an interrupted study continues, and several processes
+that are started with the same settings share the work (on a CPU, each with OMP_NUM_THREADS=1). Artifacts of stage 2
+are removed after their evaluation. `report=true` trains nothing and prints the tables.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +31,8 @@ BASELINE = "adapter"
 # Pairs of tasks that share texts: the adapter of one is not a source for the other.
 RELATED_TEXTS = ({"sst2", "mr"}, {"mrpc", "stsb"}, {"movies", "movies_rating"}, {"tweets", "tweets_rating"})
 FOLDS = 4  # of cross-fitting
+# The main metric of these tasks is F1, which is highest at few labels if every example is predicted to be positive.
+METRICS = {"qqp": ("accuracy", "f1"), "mrpc": ("accuracy", "f1")}
 
 
 class StudyMethod(NamedTuple):
@@ -107,6 +112,19 @@ class StudyConfig(Settings):
         default_factory=lambda: ["data.max_length=96", "trainer.max_epochs=3", "optim.lr=1e-3"]
     )
     report: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the settings that the scores depend on, except those of `Cell`."""
+        used = [self.sources, self.source_rows, self.validation_rows, self.test_rows, METRICS]
+        content = json.dumps([*used, self.overrides, self.source_overrides])
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+    @property
+    def order(self) -> list[str]:
+        """The methods in the order of training: the single adapter is the own adapter of others."""
+        own = [BASELINE] if any(METHODS[one].uses_own or one == BASELINE for one in self.methods) else []
+        return own + [one for one in self.methods if one != BASELINE]
 
     @property
     def store(self) -> Path:

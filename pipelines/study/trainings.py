@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import numpy as np
 from fusion.config.data import LeaveOut
 from fusion.errors import UserError
 from fusion.files import read_json
+from fusion.locks import LOCKS, lock
 from fusion.store.lookup import names
 from pipelines.commands import attempt, examples, say, task_config
-from pipelines.study.config import BASELINE, FOLDS, METHODS, STAGE1, StudyConfig
+from pipelines.study.config import BASELINE, FOLDS, METHODS, METRICS, STAGE1, StudyConfig
 from pipelines.study.results import Cell, append_results, best_rate, read_results
 
 _HELD_OUT_SEED = 20_261_201
@@ -61,68 +64,71 @@ def write_splits(config: StudyConfig, task: str) -> None:
 
 
 class Study:
-    """Runs the trainings that have no result yet."""
+    """Runs the trainings that have no result yet. Several processes with the same settings share the work."""
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.path = config, Path(config.results)
-        self.results = read_results(self.path)
+        self.results = read_results(self.path, config.fingerprint)
 
     def cell(self, target: str, rows: int, method: str, seed: int, rate: float) -> Cell:
         return Cell(self.config.backbone, target, rows, method, seed, rate)
 
-    def train_sources(self) -> None:
-        config = self.config
-        wanted = {source for target in config.targets for source in config.sources_of(target)} - set(
-            names(config.store)
-        )
-        data = [f"data.dir={config.data_dir}"] if config.data_dir else []
-        for source in sorted(wanted):
-            place = data if task_config(source).corpus is None else []
-            limits = [f"data.limit.train={config.source_rows}", "data.limit.validation=300"]
-            words = [f"+task={source}", *config.shared, *place, *limits, *config.source_overrides]
-            run(STAGE1, [*words, f"hydra.run.dir={config.output}/runs/source-{source}"])
-
     def run(self) -> None:
         """Train everything. The learning rates are selected with the first seed, before the other seeds are trained."""
         config = self.config
-        for target in config.targets:
-            write_splits(config, target)
-        self.train_sources()
         first, *others = config.seeds
+        self._each("splits", config.targets, partial(write_splits, config))
+        sources = {source for target in config.targets for source in config.sources_of(target)}
+        self._each("source", sorted(sources), self.train_source)
         for rows in config.rows:
-            for method in config.methods:
-                for target in config.targets:
-                    self.train(target, rows, method, [first], METHODS[method].rates)
+            for method in config.order:
+                what = f"{rows}-{method}"
+                self._each(what, config.targets, self.train, rows, method, [first], METHODS[method].rates)
                 rate = best_rate(self.results, config, rows, method)
                 say(f"\n{METHODS[method].title}, {rows} examples: learning rate {rate:g}")
-                for target in config.targets:
-                    self.train(target, rows, method, others, [rate])
+                self._each(what, config.targets, self.train, rows, method, others, [rate])
+
+    def _each(self, what: str, tasks: Sequence[str], work: Callable[..., None], *settings: Any) -> None:
+        """Call `work` with each task (and the settings) that no other process works on, then with the others when they are free."""
+        busy: list[str] = []
+        for wait, remaining in ((0.0, tasks), (-1.0, busy)):
+            for task in remaining:
+                path = self.config.store / LOCKS / f"study-{what}-{task}"
+                try:
+                    with lock(path, f"{what} {task} is being trained", wait):
+                        self.results = read_results(self.path, self.config.fingerprint)
+                        work(task, *settings)
+                except TimeoutError:
+                    busy.append(task)
+        self.results = read_results(self.path, self.config.fingerprint)
+
+    def train_source(self, source: str) -> None:
+        config = self.config
+        if source in names(config.store):
+            return
+        place = [f"data.dir={config.data_dir}"] if config.data_dir and task_config(source).corpus is None else []
+        limits = [f"data.limit.train={config.source_rows}", "data.limit.validation=300"]
+        words = [f"+task={source}", *config.shared, *place, *limits, *config.source_overrides]
+        run(STAGE1, [*words, f"hydra.run.dir={config.output}/runs/source-{source}"])
 
     def train(self, target: str, rows: int, method: str, seeds: Sequence[int], rates: Sequence[float]) -> None:
         """Train a method with each seed and learning rate that has no result, evaluate, and append the results."""
-        config = self.config
-        missing = [(s, r) for r in rates for s in seeds if self.cell(target, rows, method, s, r) not in self.results]
-        if not missing:
-            return
-        if METHODS[method].uses_own:
-            self.train(target, rows, BASELINE, [config.seeds[0]], METHODS[BASELINE].rates)
-            rate = best_rate(self.results, config, rows, BASELINE)
-            self.train(target, rows, BASELINE, [seed for seed, _ in missing], [rate])
-        if {seed for seed, _ in missing} == {config.seeds[0]}:
-            self._sweep(target, rows, method, [config.seeds[0]], [rate for _, rate in missing])
-            return
-        for rate in sorted({rate for _, rate in missing}):
-            self._sweep(target, rows, method, [seed for seed, other in missing if other == rate], [rate])
+        seeds_of: dict[tuple[float, ...], list[int]] = defaultdict(list)  # by the rates that are missing
+        for seed in seeds:
+            missing = tuple(r for r in rates if self.cell(target, rows, method, seed, r) not in self.results)
+            seeds_of[missing].append(seed)
+        for missing, each in seeds_of.items():
+            if missing:
+                self._sweep(target, rows, method, each, missing)
 
     def _sweep(self, target: str, rows: int, method: str, seeds: Sequence[int], rates: Sequence[float]) -> None:
         """Train a method in one sweep, evaluate the artifacts in another, and append the results."""
         config, definition, runs = self.config, METHODS[method], Path(self.config.output) / "runs"
         own = ""
         if definition.uses_own:
-            own_rate = best_rate(self.results, config, rows, BASELINE)
+            own_rate = best_rate(self.results, config, rows, BASELINE)  # trained before, see StudyConfig.order
             own = artifact_name(target, rows, BASELINE, "${seed}", f"{own_rate:g}")
-            if "cross_fit" in definition.overrides:
-                self._train_folds(target, rows, seeds, own_rate, own)
+            self._train_own(target, rows, seeds, own_rate, own, folds="cross_fit" in definition.overrides)
         words = definition.overrides.format(own=own, sources=",".join(config.sources_of(target))).split()
         swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={','.join(map(str, rates))}"]
         swept.append(f"name={artifact_name(target, rows, method, '${seed}', '${optim.lr}')}")
@@ -134,10 +140,12 @@ class Study:
         }
         store = [f"store={config.store}", f"data.dir={config.data}"]
         folder = self._folders("${artifact}-test")
-        run("fusion.evaluate", ["-m", f"artifact={','.join(cells)}", f"+task={target}", "split=test", *store, *folder])
-        found = [result_of(cell, runs / name, runs / f"{name}-test") for name, cell in cells.items()]
+        test = [f"+task={target}", "split=test", *store, *folder]
+        run("fusion.evaluate", ["-m", f"artifact={','.join(cells)}", *test])
+        found = [
+            result_of(cell, config.fingerprint, runs / name, runs / f"{name}-test") for name, cell in cells.items()
+        ]
         append_results(self.path, found)
-        self.results |= dict(zip(cells.values(), found, strict=True))
         for name in cells:
             if method != BASELINE:
                 shutil.rmtree(config.store / name)
@@ -150,13 +158,19 @@ class Study:
     def _words(self, target: str, rows: int) -> list[str]:
         config = self.config
         sample = [f"data.dir={config.data}", f"data.limit.train={rows}", "data.limit.train_seed=${seed}"]
-        return [f"+task={target}", *config.shared, *sample, *config.overrides]
+        metrics = [f"task.metrics=[{','.join(METRICS[target])}]"] if target in METRICS else []
+        return [f"+task={target}", *metrics, *config.shared, *sample, *config.overrides]
 
-    def _train_folds(self, target: str, rows: int, seeds: Sequence[int], rate: float, own: str) -> None:
-        """Train the own adapters without each fold of the examples; existing ones are skipped by the command."""
-        folds = ",".join(map(str, LeaveOut.each(FOLDS)))
-        swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={rate}", f"name={own}", f"data.leave_out={folds}"]
-        run(STAGE1, ["-m", *self._words(target, rows), *swept, *self._folders("${name}-without-${data.leave_out}")])
+    def _train_own(self, target: str, rows: int, seeds: Sequence[int], rate: float, own: str, folds: bool) -> None:
+        """Train own adapters that are not in the store, and with `folds` those without a fold of the examples."""
+        wanted, stored = {own.replace("${seed}", str(seed)) for seed in seeds}, names(self.config.store)
+        swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={rate}", f"name={own}"]
+        words = ["-m", *self._words(target, rows), *swept]
+        if not wanted <= set(stored):
+            run(STAGE1, [*words, *self._folders("${name}")])
+        if folds:  # the command skips existing ones
+            left_out = f"data.leave_out={','.join(map(str, LeaveOut.each(FOLDS)))}"
+            run(STAGE1, [*words, left_out, *self._folders("${name}-without-${data.leave_out}")])
 
 
 def run(module: str, words: Sequence[str]) -> None:
@@ -170,14 +184,15 @@ def artifact_name(target: str, rows: int, method: str, seed: str, rate: str) -> 
     return f"{target}-{rows}-{method}-lr-{rate}-seed-{seed}"
 
 
-def result_of(cell: Cell, trained_in: Path, tested_in: Path) -> dict[str, Any]:
+def result_of(cell: Cell, settings: str, trained_in: Path, tested_in: Path) -> dict[str, Any]:
     """Return a line of the results from the folders of the training and the evaluation."""
     trained, tested = read_json(trained_in / "result.json"), read_json(tested_in / "result.json")
     ((_, validation),) = trained["metrics"].items()
     ((_, test),) = tested["metrics"].items()
-    metric = next(iter(test))
+    metric = next(iter(validation))
     return {
         **cell._asdict(),
+        "settings": settings,
         "metric": metric,
         "validation": validation[metric],
         "test": test[metric],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,11 @@ import pytest
 
 from fusion.data.rows import Rows
 from fusion.errors import UserError
+from fusion.locks import LOCKS, lock
 from pipelines.study import trainings
 from pipelines.study.__main__ import main
 from pipelines.study.config import StudyConfig
-from pipelines.study.results import Cell, best_rate, read_results
+from pipelines.study.results import Cell, append_results, best_rate, read_results
 from pipelines.study.table import comparisons, report
 from pipelines.study.trainings import Study
 
@@ -34,7 +38,7 @@ def config(tmp_path: Path) -> StudyConfig:
 
 
 def result(cell: Cell, validation: float, test: float) -> dict[str, Any]:
-    return {**cell._asdict(), "metric": "accuracy", "validation": validation, "test": test}
+    return {**cell._asdict(), "settings": "", "metric": "accuracy", "validation": validation, "test": test}
 
 
 @pytest.fixture
@@ -65,6 +69,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
             for rate in given["optim.lr"].split(","):
                 name = given["name"].replace("${seed}", seed).replace("${optim.lr}", str(float(rate)))
                 (store / name).mkdir(parents=True, exist_ok=True)
+                (store / name / "manifest.json").write_text("{}")
                 (runs / name).mkdir(parents=True, exist_ok=True)
                 made = {
                     "metrics": {"validation": {"accuracy": 0.5 + float(rate)}},
@@ -90,32 +95,34 @@ def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str
     own = "{}-100-adapter-lr-0.002-seed-${{seed}}"
     assert shown == [
         *((source, None, "1e-3", None, None) for source in ("cb", "mr", "snli")),
+        ("sst2", "1", "0.0005,0.001,0.002", None, None),
+        ("cb", "1", "0.0005,0.001,0.002", None, None),
+        ("sst2", "2", "0.002", None, None),
+        ("cb", "2", "0.002", None, None),
         ("sst2", "1", "0.002,0.005,0.02", None, "head"),
         ("cb", "1", "0.002,0.005,0.02", None, "head"),
         ("sst2", "2", "0.02", None, "head"),
         ("cb", "2", "0.02", None, "head"),
-        ("sst2", "1", "0.0005,0.001,0.002", None, None),
         ("sst2", "1", "0.0001,0.0002,0.0005", f"[snli,cb,{own.format('sst2')}]", None),
-        ("cb", "1", "0.0005,0.001,0.002", None, None),
         ("cb", "1", "0.0001,0.0002,0.0005", f"[mr,snli,{own.format('cb')}]", None),
-        ("sst2", "2", "0.002", None, None),
         ("sst2", "2", "0.0005", f"[snli,cb,{own.format('sst2')}]", None),
-        ("cb", "2", "0.002", None, None),
         ("cb", "2", "0.0005", f"[mr,snli,{own.format('cb')}]", None),
     ]
-    results = read_results(Path(config.results))
+    results = read_results(Path(config.results), config.fingerprint)
     assert results == done.results and len(results) == 2 * (4 + 4 + 4)
     first = results[Cell("minilm", "sst2", 100, "head", 1, 0.002)]
     assert first == {
         "backbone": "minilm", "target": "sst2", "rows": 100, "method": "head", "seed": 1, "rate": 0.002,
-        "metric": "accuracy", "validation": 0.502, "test": 0.6, "metrics": {"accuracy": 0.6, "f1": 0.1},
+        "settings": config.fingerprint, "metric": "accuracy", "validation": 0.502, "test": 0.6, "metrics": {"accuracy": 0.6, "f1": 0.1},
         "test_examples": 50, "best_epoch": 2, "seconds": 3.2, "trainable": 7,
     }  # fmt: skip
-    kept = {folder.name for folder in config.store.iterdir()}
+    kept = {folder.name for folder in config.store.iterdir() if folder.name != LOCKS}
     assert all("adapter" in name for name in kept - {"cb", "mr", "snli"})
     trained.clear()
     Study(config).run()
     assert trained == []
+    config.validation_rows += 1
+    assert read_results(Path(config.results), config.fingerprint) == {}
 
 
 def test_folds_are_trained_before_a_cross_fitted_fusion(
@@ -189,7 +196,7 @@ def test_invalid_lines_and_settings(config: StudyConfig, tmp_path: Path, capsys:
     path.parent.mkdir(parents=True)
     path.write_text('{"backbone": "minilm"}\n')
     with pytest.raises(UserError, match=r"study.jsonl, line 1: is not a result of the study; remove the line"):
-        read_results(path)
+        read_results(path, "")
     assert main(["methods=[magic]"]) == 2
     assert "methods=[magic]: expected some of head, adapter" in capsys.readouterr().err
     assert main(["report=true", f"results={tmp_path / 'none.jsonl'}"]) == 0
@@ -200,3 +207,44 @@ def test_sources_share_no_texts_with_the_target() -> None:
     assert "mr" not in config.sources_of("sst2") and "sst2" not in config.sources_of("mr")
     assert "stsb" not in config.sources_of("mrpc") and "qqp" in config.sources_of("mrpc")
     assert all(target not in config.sources_of(target) for target in config.targets)
+
+
+def test_processes_share_the_work(config: StudyConfig, trained: list[tuple[str, list[str]]]) -> None:
+    """Targets that another process trains come last, and are not trained again if it has added their results."""
+    config.methods, config.seeds = ["head"], [1]
+    path = config.store / LOCKS / "study-100-head-sst2"
+    held = threading.Event()
+
+    def other() -> None:
+        with lock(path, ""):
+            held.set()
+            while not any("+task=cb" in words and "method=head" in words for _, words in trained):
+                time.sleep(0.01)
+            cells = [Cell("minilm", "sst2", 100, "head", 1, rate) for rate in (2e-3, 5e-3, 2e-2)]
+            append_results(
+                Path(config.results), [result(cell, 0.5, 0.5) | {"settings": config.fingerprint} for cell in cells]
+            )
+
+    process = threading.Thread(target=other)
+    process.start()
+    held.wait()
+    Study(config).run()
+    process.join()
+    heads = [words for _, words in trained if "method=head" in words]
+    assert len(heads) == 1 and "+task=cb" in heads[0]
+    assert len(read_results(Path(config.results), config.fingerprint)) == 6
+
+
+def test_own_adapters_that_are_not_in_the_store_are_trained_again(
+    config: StudyConfig, trained: list[tuple[str, list[str]]]
+) -> None:
+    config.targets, config.seeds = ["sst2"], [1]
+    Study(config).run()
+    shutil.rmtree(config.store / "sst2-100-adapter-lr-0.002-seed-1")
+    path = Path(config.results)
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"fusion"' not in line))
+    trained.clear()
+    Study(config).run()
+    first, second, _ = (words for _, words in trained)
+    assert "optim.lr=0.002" in first and "composition=adapterfusion" in second
+    assert (config.store / "sst2-100-adapter-lr-0.002-seed-1").is_dir()
