@@ -17,8 +17,7 @@ from fusion.model.head_selection import select_heads
 from fusion.runs.inputs import read_used
 from fusion.runs.run import Run
 from fusion.store.compatibility import as_trained, data_folder_of
-from fusion.store.lookup import read_manifest, source_manifests
-from fusion.tasks.table import kind_of
+from fusion.store.lookup import read_manifest
 from fusion.text import key_of, log_once, override, shortened
 
 log = logging.getLogger(__name__)
@@ -81,58 +80,29 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Evaluate the artifact, write the predictions, and return the content of result.json."""
-    from fusion.analysis.unseen import check_unseen
+    from fusion.analysis.evaluation import evaluate_artifact
     from fusion.cli.console import rows_progress
-    from fusion.data.encode import encode
-    from fusion.data.rows import load_splits
-    from fusion.data.splits import evaluation_splits
-    from fusion.model.inference import load_model, predict
-    from fusion.training.predictions import RowPredictions, write_predictions
+    from fusion.training.predictions import write_predictions
 
-    loaded = load_model(config)
-    manifest = loaded.artifact.manifest
-    heads = select_heads(manifest, config.task)
-    trained = [manifest, *source_manifests(manifest, loaded.artifact.path.parent)]
-    metrics: dict[str, dict[str, float]] = {}
-    stored: dict[str, dict[str, Any]] = {}
-    count, seconds, tokens = 0, 0.0, 0
-    data_of = {head.index: as_trained(manifest, config.data, head.task.name) for head in heads}
-    splits = [
-        (head, split) for head in heads for split in evaluation_splits(head.task, config.split, data_of[head.index])
-    ]
-    for head, split in splits:
-        task, kind, data = head.task, kind_of(head.task), data_of[head.index]
-        check_unseen(trained, task, data, split)
-        rows = load_splits(task, data, [split], manifest.data.labels.get(str(task.name)))[0][split]
-        if rows.labels is None:
-            raise UserError(f"split={split} has no labels, so metrics cannot be computed; use fusion.predict")
-        backbone = loaded.backbone
-        encoded = encode(rows, backbone.tokenizer, loaded.max_length, config.data.cache_dir, backbone.family.causal)
-        encoded.task = head.index
-        with rows_progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
-            found = predict(loaded.model, encoded, config.data, loaded.device, advance=advance)
-        assert encoded.labels is not None
-        predictions, labels = kind.predict(kind.outputs(found.scores), head.decision), kind.plain_labels(encoded.labels)
-        key = split if len(heads) == 1 else f"{task.name}/{split}"
-        metrics[key] = kind.metrics(task, labels, predictions)
-        found_rows = RowPredictions(list(range(len(rows))), predictions, labels, kind.confidence(found.scores))
-        stored[key] = found_rows.as_stored(encoded, task, rows)
-        count, seconds, tokens = count + len(rows), seconds + found.seconds, tokens + found.tokens
-        by = f", head of {head.trained_on}" if manifest.multitask and head.trained_on != task.name else ""
-        dropped = f", {config.drop} layers dropped" if config.drop else ""
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics[key].items())
-        say(f"{manifest.name} on {task.name} {split} ({len(rows)} examples{by}{dropped}): {shown}")
-    write_predictions(run.directory, stored)
+    found = evaluate_artifact(config, rows_progress)
+    for line in found.lines:
+        say(line)
+    write_predictions(run.directory, found.stored)
+    manifest, seconds = found.model.artifact.manifest, found.seconds
     return {
-        "artifact": str(loaded.artifact.path),
+        "artifact": str(found.model.artifact.path),
         "name": manifest.name,
         "hash": manifest.hash,
         "kind": manifest.kind,
-        "task": "+".join(str(head.task.name) for head in heads),
+        "task": "+".join(found.tasks),
         "drop": config.drop,
-        "metrics": metrics,
-        "rows": count,
-        "speed": {"seconds": seconds, "examples_per_second": count / seconds, "tokens_per_second": tokens / seconds},
+        "metrics": found.metrics,
+        "rows": found.examples,
+        "speed": {
+            "seconds": seconds,
+            "examples_per_second": found.examples / seconds,
+            "tokens_per_second": found.tokens / seconds,
+        },
     }
 
 

@@ -22,6 +22,7 @@ from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig, TrainerConfig
 from fusion.runs.run import INSPECTION, Run, record
+from fusion.stages.stage1 import check_stage1
 from fusion.store.manifest import checksum_of
 from tests.tiny_backbone import WORDS
 
@@ -125,7 +126,7 @@ class Bench:
         config = Stage1Config(**settings, tasks=[self.tasks[name] for name in tasks], method=method)
         config.name = config.name or config.default_name()
         run = self.run("stage1", config)
-        stage1.check(config, run)
+        check_stage1(config, run)
         return stage1.main.__wrapped__(config, run)  # type: ignore[attr-defined]
 
     def add_rating(self) -> None:

@@ -197,5 +197,5 @@ def test_a_seed_without_a_limit_and_too_many_folds_are_refused(trained: Bench) -
     with pytest.raises(UserError, match=r"data\.limit\.train_seed=1: has no effect without data\.limit\.train=N"):
         LimitConfig(train_seed=1)
     data = dataclasses.replace(trained.data, leave_out="0/41")
-    with pytest.raises(UserError, match="task films: 40 training examples cannot be divided into 41 folds"):
+    with pytest.raises(UserError, match="task films: 40 examples cannot be divided into 41 folds"):
         load_rows(trained.tasks["films"], data, "train")

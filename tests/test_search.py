@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from fusion.analysis import search as searching
 from fusion.config.fields import MAX_SEED
 from fusion.config.stages import Stage1Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import OptimConfig
 from fusion.errors import TrainingError, UserError
+from fusion.stages import search as searching
 from fusion.store.lookup import names, read_manifest
 from fusion.training.predictions import main_score
 from tests.bench import Bench, same

@@ -24,7 +24,7 @@ from fusion.store.settings_groups import key_of as key_of_settings
 from fusion.text import is_within, key_of, override, shell_line
 
 Row = tuple[str, ...]
-TRAINING = ("stage1", "stage2")
+TRAINING = ("stage1", "stage2", "select")
 DEFAULT = "(default)"  # a job without a key that other jobs set
 NEXT = "FUSION_NEXT"  # environment variable: 0 prints no next commands
 # Keys (and all keys below them) whose overrides are passed on to the next command.
@@ -68,6 +68,8 @@ def _show(tables: Sequence[Sequence[Row]], following: Sequence[str]) -> None:
 def run_table(run: Run, result: Mapping[str, Any]) -> list[Row]:
     if run.command == "inspect":
         return inspected(result)
+    if run.command == "select":
+        return compared(result["selection"]) if "selection" in result else []
     if run.command == "predict":
         cells = (result.get("name"), result.get("rows"), (result.get("speed") or {}).get("seconds"))
         return [("name", "examples", "seconds", "output"), tuple(map(number, (*cells, result.get("output"))))]
@@ -132,6 +134,22 @@ def inspected(result: Mapping[str, Any]) -> list[Row]:
         change = "-" if without is None else f"{without - full:+.4f}"
         interval = "-" if without is None or intervals is None else _interval(*intervals[source])
         table.append((source, score(weight), score(without), change, interval))
+    return table
+
+
+def compared(selection: Mapping[str, Any]) -> list[Row]:
+    """Return the scores of the methods of a selection, on the examples that selected the method and on others."""
+    metric = selection["metric"]
+    split = next(iter(selection["methods"][0]["metrics"]))
+    columns = [
+        (f"{name} ({selection['examples'][key]} examples)", key)
+        for name, key in ((f"{metric} for the selection", "selection"), (f"{split}/{metric}", "report"))
+    ]
+    table: list[Row] = [("method", *(title for title, _ in columns), "trained", "seconds", "")]
+    for one in selection["methods"]:
+        scores = score(one["score"]), score(one["metrics"][split][metric])
+        selected = "selected" if one["method"] == selection["chosen"] else ""
+        table.append((one["method"], *scores, number(one["trainable"]), number(one["seconds"]), selected))
     return table
 
 
@@ -207,6 +225,8 @@ def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:
         evaluate = shell_line("evaluate", [override("artifact", name), *using])
         if run.command == "stage1":
             return [evaluate, *_stage2(run.overrides, [result])]
+        if result.get("stage") == 1:  # selected by fusion.select
+            return [evaluate, _report(run.directory)]
         return [evaluate, shell_line("inspect", [override("artifact", name), *using]), _report(run.directory)]
     if run.command == "predict":
         return [shell_line("evaluate", [override("artifact", run.config.get("artifact")), *using])]

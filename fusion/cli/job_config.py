@@ -20,7 +20,7 @@ from omegaconf.errors import MissingMandatoryValue
 from fusion.backbones.precision import automatic_dtype
 from fusion.cli.messages import OWN_TASK, unknown_key
 from fusion.config.commands import RankConfig
-from fusion.config.data import LeaveOut
+from fusion.config.data import Fold
 from fusion.config.methods import METHODS
 from fusion.config.stages import Stage1Config, StageConfig
 from fusion.errors import UserError
@@ -74,7 +74,7 @@ def prepare(command: Command, composed: DictConfig, launch: DictConfig) -> tuple
             name = typed.default_name().replace("/", "-")  # type: ignore[attr-defined]
             typed.name = "-".join(filter(None, (name, _swept(launch, NAMED_ANYWAY))))
         if typed.data.leave_out is not None:
-            suffix = LeaveOut.parse(typed.data.leave_out).suffix
+            suffix = Fold.parse(typed.data.leave_out).suffix
             typed.name = f"{typed.name.removesuffix(suffix)}{suffix}"
         if choices.get("debug") and not typed.name.endswith(DEBUG):
             typed.name = f"{typed.name}{DEBUG}"

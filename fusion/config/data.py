@@ -56,14 +56,14 @@ class SplitConfig(Settings, group="data.split"):
         return [override(f"data.split.{key}", value) for key, value in values.items()]
 
 
-class LeaveOut(NamedTuple):
-    """A fold of the training examples, and the number of folds."""
+class Fold(NamedTuple):
+    """A fold of the examples of a split, and the number of folds."""
 
     fold: int
     folds: int
 
     @classmethod
-    def parse(cls, text: str) -> LeaveOut:
+    def parse(cls, text: str) -> Fold:
         """Parse "FOLD/FOLDS", such as 0/5. Raises ValueError if it has another format."""
         fold, folds = map(int, re.fullmatch(r"(\d{1,4})/(\d{1,4})", text).groups())  # type: ignore[union-attr]
         if not (fold < folds and folds >= 2):
@@ -71,7 +71,7 @@ class LeaveOut(NamedTuple):
         return cls(fold, folds)
 
     @classmethod
-    def each(cls, folds: int) -> list[LeaveOut]:
+    def each(cls, folds: int) -> list[Fold]:
         """Return one for each fold."""
         return [cls(fold, folds) for fold in range(folds)]
 
@@ -86,7 +86,7 @@ class LeaveOut(NamedTuple):
 
 def _is_fold(value: Any) -> bool:
     try:
-        return value is None or bool(LeaveOut.parse(value))
+        return value is None or bool(Fold.parse(value))
     except (AttributeError, TypeError, ValueError):
         return False
 
@@ -99,6 +99,9 @@ class DataConfig(Settings, group="data"):
     split: SplitConfig = field(default_factory=SplitConfig)
     leave_out: Optional[str] = checked(  # the fold of the training examples that is not used
         None, _is_fold, "FOLD/FOLDS such as 0/5, the first of five folds of the training examples, or null for none"
+    )
+    validation_fold: Optional[str] = checked(  # the only fold of the validation examples that is used
+        None, _is_fold, "FOLD/FOLDS such as 0/3, the first of three folds of the validation examples, or null for all"
     )
     # Tokens per text or pair, including special tokens. Null is only valid with a stored artifact, not in training.
     max_length: Optional[int] = integer(128, 4, hint=" tokens", null="the artifact's own")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Optional
 
-from fusion.config.compositions import CompositionConfig
-from fusion.config.data import DataConfig, require_max_length
+from fusion.config.compositions import COMPOSITIONS, CompositionConfig
+from fusion.config.data import DataConfig, Fold, require_max_length
 from fusion.config.fields import MAX_SEED, Settings, checked, choice, integer, number, require
 from fusion.config.methods import ADAPTER, METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
@@ -17,6 +17,10 @@ from fusion.config.training import RATES, LoggerConfig, LossConfig, OptimConfig,
 from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
+SELECTABLE = (  # by fusion.select
+    *(name for name, one in METHODS.items() if not one.multitask),
+    *(name for name, one in COMPOSITIONS.items() if not one.is_pruned),
+)
 RANKINGS = ("similarity", "logme", "probe", "attention")  # the scorers of fusion.rank
 POOLED_RANKINGS = ("logme", "probe")  # scorers that need one vector per text
 
@@ -234,3 +238,58 @@ class Stage2Config(StageConfig):
     def default_name(self) -> str:
         assert self.task is not None and self.task.name is not None
         return f"{self.task.name}-{self.composition.name}"
+
+
+@dataclass
+class SelectConfig(Stage2Config):
+    """Settings of the selection of a method: those of stage 2, and the methods."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    methods: Optional[list[str]] = checked(
+        None,
+        lambda names: names is None or (2 <= len(names) == len(set(names)) and set(names) <= set(SELECTABLE)),
+        f"at least two distinct of {', '.join(SELECTABLE)}, or null for head, adapter and the composition",
+    )
+
+    def __post_init__(self) -> None:
+        rate, dropout = self.optim.lr, self.backbone.dropout
+        require(
+            rate is None and self.search_rates is None,
+            f"{'search_rates' if rate is None else 'optim.lr'}: the methods have different learning rates; leave it out, "
+            "or set those of the backbone such as backbone.rates={adapter:1e-3,fusion:2e-4}",
+        )
+        require(
+            self.data.validation_fold is None,
+            "data.validation_fold: the selection uses each fold of the validation examples; leave it out",
+        )
+        require(not self.trainer.fast_dev_run, "trainer.fast_dev_run: saves no artifacts to compare; leave it out")
+        super().__post_init__()
+        self.optim.lr, self.backbone.dropout = None, dropout  # each method has its own default
+        require(
+            self.composition.name in self.candidates,
+            f"{override('methods', self.methods)}: composition={self.composition.name} is not among them; add it",
+        )
+
+    @property
+    def candidates(self) -> list[str]:
+        """Names of the methods and compositions; with equal scores, the first one is selected."""
+        return ["head", ADAPTER, self.composition.name] if self.methods is None else list(self.methods)
+
+    def candidate(self, name: str, folds: int) -> Stage1Config | Stage2Config:
+        """Return the settings of the training of a method, which selects its best epoch on the first fold."""
+        shared = {f.name: getattr(self, f.name) for f in fields(StageConfig)} | {
+            "name": f"{self.name}-{name}",
+            "data": replace(self.data, validation_fold=str(Fold(0, folds))),
+            "optim": replace(self.optim),
+            "backbone": replace(self.backbone),
+        }
+        if (method := METHODS.get(name)) is not None:
+            if method.dtype is not None:
+                shared["backbone"].dtype = method.dtype
+            return Stage1Config(**shared, method=MethodConfig(name), adapter=self.adapter)
+        composition = self.composition if name == self.composition.name else CompositionConfig(name)
+        return Stage2Config(**shared, composition=composition, sources=self.sources)
+
+    def default_name(self) -> str:
+        assert self.task is not None and self.task.name is not None
+        return f"{self.task.name}-selected"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion.config.data import DataConfig, LeaveOut
+from fusion.config.data import DataConfig, Fold
 from fusion.config.task import TaskConfig
 from fusion.data.formats import record_table
 from fusion.data.splits import Place, family, fold_of_each, limited_rows, locate, part_rows
@@ -113,13 +113,16 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
     if len(drawn) < len(rows):
         rows = rows.taken(drawn)
     if role == "train" and data.leave_out is not None:
-        left_out = LeaveOut.parse(data.leave_out)
+        left_out = Fold.parse(data.leave_out)
         rows = rows.taken(np.flatnonzero(folds_of(task, rows, left_out.folds) != left_out.fold).tolist())
+    if role == "validation" and data.validation_fold is not None:
+        only = Fold.parse(data.validation_fold)
+        rows = rows.taken(np.flatnonzero(folds_of(task, rows, only.folds) == only.fold).tolist())
     return rows.with_fingerprint()
 
 
 def folds_of(task: TaskConfig, rows: Rows, folds: int) -> NDArray[np.int64]:
-    """Return the fold of each training example (n,), see `fold_of_each`. The folds depend on the examples only."""
+    """Return the fold of each example (n,), see `fold_of_each`. The folds depend on the examples only."""
     classes = rows.labels if kind_of(task).has_classes else None
     return fold_of_each(len(rows), folds, classes, f"task {task.name}")
 

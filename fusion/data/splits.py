@@ -252,7 +252,7 @@ def limited_rows(count: int, limit: int, seed: int | None = None) -> list[int]:
 
 
 def fold_of_each(count: int, folds: int, classes: Sequence[int] | None, where: str) -> NDArray[np.int64]:
-    """Divide training examples into folds of equal size, stratified by class: (count,), the fold of each example.
+    """Divide examples into folds of equal size, stratified by class: (count,), the fold of each example.
 
     Raises UserError if there are fewer examples than folds.
 
@@ -261,7 +261,7 @@ def fold_of_each(count: int, folds: int, classes: Sequence[int] | None, where: s
         where: start of the error message.
     """
     if count < folds:
-        raise UserError(f"{where}: {count} training examples cannot be divided into {folds} folds")
+        raise UserError(f"{where}: {count} examples cannot be divided into {folds} folds")
     order = np.random.RandomState(_FOLD_SEED).permutation(count)
     if classes is not None:
         order = order[np.argsort(np.asarray(classes)[order], kind="stable")]

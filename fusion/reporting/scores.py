@@ -12,6 +12,7 @@ import numpy as np
 
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
+from fusion.config.training import RATES
 from fusion.errors import UserError
 from fusion.files import read_json
 from fusion.reporting.reading import RunFolder
@@ -49,6 +50,15 @@ class Trained:
     @property
     def hash(self) -> str | None:
         return None if self.manifest is None else self.manifest.hash
+
+    @property
+    def has_default_rate(self) -> bool:
+        """Whether the learning rate is the default of the backbone and the method or composition."""
+        config = self.run.config
+        method, composition = (str((config.get(key) or {}).get("name")) for key in ("method", "composition"))
+        known = COMPOSITIONS.get(composition) or METHODS.get(method)
+        rates = {**RATES, **((config.get("backbone") or {}).get("rates") or {})}
+        return known is not None and self.variant.get("optim.lr") == rates[known.rate]
 
     @property
     def attends(self) -> bool:

@@ -248,11 +248,18 @@ def _validation_score(group: Group, scores: Sequence[Score]) -> float | None:
 def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]]) -> None:
     """Compare a group with the baseline group of the same budget or, if there is none, with the best one.
 
-    If the method and the baseline were tried with the same budgets, their best groups are compared.
+    If the method and the baseline were tried with the same budgets, their best groups are compared. Learning rates are
+    part of the budget unless all of them are the defaults of their methods.
     """
     own, others = variants[group.method], variants[BASELINE]
-    tried, tried_by_base = ({key_of(one.budget) for one in every} for every in (own, others))
-    equal = [one for one in others if key_of(one.budget) == key_of(group.budget) and one is not group]
+    by_default = all(one.has_default_rate for each in (*own, *others) for one in each.trained)
+    left_out = ("optim.lr",) if by_default else ()
+
+    def budget(of: Group) -> dict[str, Any]:
+        return {key: value for key, value in of.budget.items() if key not in left_out}
+
+    tried, tried_by_base = ({key_of(budget(one)) for one in every} for every in (own, others))
+    equal = [one for one in others if key_of(budget(one)) == key_of(budget(group)) and one is not group]
     fair = tried == tried_by_base and len(own) == len(others)
     if group.method == BASELINE or not group.budget or (fair and group is own[0]):
         group.against = base
@@ -261,7 +268,7 @@ def _compare(group: Group, base: Group, variants: Mapping[str, Sequence[Group]])
         fair = False
     unequal: list[str] = []
     if group.budget and not fair:
-        unequal = _budget_differences(group.budget, group.against.budget)
+        unequal = _budget_differences(budget(group), budget(group.against))
         selected = (len(own) > 1 and group is own[0]) or (len(others) > 1 and group.against is base)
         if group.method != BASELINE and selected:
             unequal += _values_tried(group, own, group.against, others)

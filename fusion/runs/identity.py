@@ -50,7 +50,7 @@ ADDED_LATER: dict[str, Any] = {
     **_defaults(CompositionConfig, without=CompositionConfig.first),
     "sources_by": None,
     "data.quoting": None,
-    "data.leave_out": None,
+    **{"data.leave_out": None, "data.validation_fold": None},
     "data.limit.train_seed": None,
     **_defaults(SplitConfig),
     "init_from": None,

@@ -11,7 +11,7 @@ from fusion.backbones.families import FAMILIES
 from fusion.backbones.files import check_files
 from fusion.config.commands import UseConfig
 from fusion.config.compositions import COMPOSITIONS, TRAINING_ONLY
-from fusion.config.data import LeaveOut
+from fusion.config.data import Fold
 from fusion.config.fields import require
 from fusion.config.stages import Stage1Config, Stage2Config, StageConfig
 from fusion.errors import UserError
@@ -83,7 +83,7 @@ def _folds(config: Stage2Config, sources: Sequence[Manifest], store: Path) -> di
 
 
 def _folds_of(source: Manifest, count: int, store: Path) -> list[Manifest]:
-    every = LeaveOut.each(count)
+    every = Fold.each(count)
     wanted, there = [f"{source.name}{one.suffix}" for one in every], names(store)
     if missing := [name for name in wanted if name not in there]:
         others = ("name", "data.leave_out", "seed")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
-from fusion.config.data import LeaveOut
+from fusion.config.data import Fold
 from fusion.errors import UserError
 from fusion.store.lookup import names, read_manifest
 from fusion.store.manifest import Manifest
@@ -68,7 +68,7 @@ def fold_training(comparison: Comparison, rate: float | None) -> Training:
     row = next(row for row in ROWS if row.id == "pfeiffer")
     one = comparison if rate is None else replace(comparison, config=replace(comparison.config, rates=[rate]))
     whole = row_training(one, row, {})
-    every = LeaveOut.each(FOLDS)
+    every = Fold.each(FOLDS)
     folder = comparison.output / "runs" / "folds"
     overrides = [word for word in whole.overrides if key_of(word) != "hydra.sweep.dir"]
     overrides += [f"data.leave_out={','.join(map(str, every))}", f"hydra.sweep.dir={folder}"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusion.config.data import LeaveOut
+from fusion.config.data import Fold
 from fusion.errors import UserError
 from fusion.files import read_json
 from fusion.locks import LOCKS, lock
@@ -169,7 +169,7 @@ class Study:
         if not wanted <= set(stored):
             run(STAGE1, [*words, *self._folders("${name}")])
         if folds:  # the command skips existing ones
-            left_out = f"data.leave_out={','.join(map(str, LeaveOut.each(FOLDS)))}"
+            left_out = f"data.leave_out={','.join(map(str, Fold.each(FOLDS)))}"
             run(STAGE1, [*words, left_out, *self._folders("${name}-without-${data.leave_out}")])
 
 

@@ -547,7 +547,7 @@ def test_an_interrupt_ends_a_sweep(workdir: Path, number: int, code: int) -> Non
 # --- help and errors of the code -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "rank", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "select", "rank", "evaluate", "predict"])
 def test_help_lists_the_choices(go: Callable[..., Outcome], name: str) -> None:
     outcome = go("--help", main=importlib.import_module(f"fusion.{name}").main)
     assert (outcome.code, outcome.err) == (0, "")

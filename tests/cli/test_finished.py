@@ -244,7 +244,7 @@ def with_seed(bench: Bench, store: Path, name: str, new: str, seed: int, **setti
     return bench.result[name] | {"artifact": str(store / new), "name": new, "seed": seed}
 
 
-@pytest.mark.parametrize("command", ["stage1", "stage2", "evaluate", "rank", "benchmark"])
+@pytest.mark.parametrize("command", ["stage1", "stage2", "select", "evaluate", "rank", "benchmark"])
 def test_a_result_without_scores_prints_nothing(command: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     for result in ({}, {"name": "x", "seed": 1}, {"metrics": None} if command == "evaluate" else {}):
         end_of_run(run(bench, command), result)

@@ -30,7 +30,7 @@ from pipelines.compare.config import read_comparison
 from pipelines.study.config import StudyConfig
 from tests.docs.commands import COMMANDS, PAGES, ROOT, DocumentedCommand, blocks
 
-HYDRA = ("stage1", "stage2", "evaluate", "predict", "rank", "inspect", "report")
+HYDRA = ("stage1", "stage2", "select", "evaluate", "predict", "rank", "inspect", "report")
 # Programs of others, and what is no program of ours to check.
 OTHERS = ("pip", "source", "mkdir", "printf", "eval", "pre-commit", ".ci/run")
 TASK = "kind: classification\ntext: text\nlabels: [billing, outage, other]\nmetrics: [macro_f1]\n"

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from fusion import stage1
 from fusion.analysis.inspection import inspect
 from fusion.config.model import BackboneConfig, SameBackboneConfig
 from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
 from fusion.runs.run import Run
+from fusion.stages.stage1 import check_stage1
 from fusion.store.lookup import read_manifest
 from fusion.training.checkpoints import check_tokenizer
 from tests.bench import Bench
@@ -232,7 +232,7 @@ def test_the_first_check_needs_no_torch_and_writes_nothing(trained: Bench, tmp_p
     typed = Stage1Config(**settings, name="new")
     run = Run("stage1", tmp_path, (), dataclasses.asdict(typed), "stage1")
     with pytest.raises(UserError, match=r"has model_type 'gpt_neox', which is not supported"):
-        stage1.check(typed, run)
+        check_stage1(typed, run)
     assert not (tmp_path / "store").exists()
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fusion import stage1, stage2
 from fusion.config.compositions import CompositionConfig
 from fusion.config.methods import MethodConfig
 from fusion.config.model import AdapterConfig, HeadConfig
@@ -18,6 +17,8 @@ from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.config.training import OptimConfig
 from fusion.errors import UserError
 from fusion.runs.identity import identity, name_conflict
+from fusion.stages.stage1 import check_stage1
+from fusion.stages.stage2 import check_stage2
 from fusion.store.listing import describe, rebuild_lines
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench
@@ -98,7 +99,7 @@ def test_a_fusion_starts_from_another(bench: Bench) -> None:
         config = Stage2Config(
             **bench.settings("plays", **changes), sources=sources, init_from="plays-adapterfusion", name="other"
         )
-        stage2.check(config, bench.run("stage2", config))
+        check_stage2(config, bench.run("stage2", config))
 
     check(["films", "books"])
     with pytest.raises(UserError, match=r"settings of this run: sources .*books \w{8}.*, expected .*films \w{8}"):
@@ -115,7 +116,7 @@ def test_an_incompatible_initialization_is_refused(bench: Bench) -> None:
 
     def check(**changes: Any) -> None:
         config = Stage1Config(**bench.settings("films", **({"name": "other", "init_from": "films"} | changes)))
-        stage1.check(config, bench.run("stage1", config))
+        check_stage1(config, bench.run("stage1", config))
 
     check()
     with pytest.raises(UserError, match=r"adapter\.bottleneck_size 4, expected 2"):

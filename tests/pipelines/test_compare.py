@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fusion import stage1, stage2
-from fusion.config.data import LeaveOut
+from fusion.config.data import Fold
 from fusion.errors import UserError
 from fusion.store.lookup import read_manifest
 from pipelines.commands import Outcome
@@ -333,7 +333,7 @@ class Commands:
         name = values.get("name", task)
         for key, value in (("task.name", task), ("optim.lr", rate)):
             name = name.replace(f"${{{key}}}", value)
-        name += LeaveOut.parse(left_out).suffix if left_out else ""
+        name += Fold.parse(left_out).suffix if left_out else ""
         folder = Path(values["hydra.sweep.dir"]) / name
         folder.mkdir(parents=True, exist_ok=True)
         error = self.errors.get(name)

@@ -127,6 +127,15 @@ def test_budget_differences_are_named(tmp_path: Path, write: Write) -> None:
     ]
 
 
+def test_default_learning_rates_are_no_budget_difference(tmp_path: Path, write: Write) -> None:
+    write(score=0.5, wrong=10, optim__lr=5e-4)
+    write(score=0.9, wrong=2, sources=["a", "b"], optim__lr=2e-4)
+    assert only(tmp_path).groups["fusion of 2"].unequal == ()
+    write(score=0.95, wrong=1, sources=["a", "b"], optim__lr=1e-3)
+    best, default = only(tmp_path).variants["fusion of 2"]
+    assert best.unequal == ("optim.lr 0.001 vs. 0.0005",) and default.unequal == ("optim.lr 0.0002 vs. 0.0005",)
+
+
 def test_scores_of_other_examples_are_unequal(tmp_path: Path, write: Write) -> None:
     for seed in (1, 2):
         write(seed=seed, score=0.5, wrong=10)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fusion import stage1
 from fusion.config.stages import Stage1Config
 from fusion.errors import UserError
 from fusion.runs.output import ATTEMPT, RunOutput
 from fusion.runs.run import Run, RunState
 from fusion.runs.signals import Terminated
+from fusion.stages import stage1
 from tests.bench import Bench
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fusion import evaluate, stage1
+from fusion import evaluate
 from fusion.analysis.inspection import inspected_data
 from fusion.config.commands import EvaluateConfig
 from fusion.config.data import DataConfig, SplitConfig
@@ -17,6 +17,7 @@ from fusion.config.stages import Stage1Config
 from fusion.data.rows import load_rows
 from fusion.errors import UserError
 from fusion.runs.identity import identity
+from fusion.stages.stage1 import check_stage1
 from fusion.store.compatibility import as_trained, note_ambiguous_labels
 from fusion.store.lookup import read_manifest
 from fusion.store.manifest import Manifest
@@ -125,7 +126,7 @@ def test_multiple_tasks(made: Bench) -> None:
 def test_refused_before_anything_is_loaded(bench: Bench) -> None:
     config = Stage1Config(**bench.settings("films", data=split(bench.data, validation=0.1)), name="films")
     with pytest.raises(UserError, match="films already has a validation split; leave it out"):
-        stage1.check(config, bench.run("stage1", config))
+        check_stage1(config, bench.run("stage1", config))
 
 
 def test_a_fusion_and_a_ranking(made: Bench) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -15,7 +14,7 @@ from fusion.errors import TrainingError
 from fusion.runs.output import RunOutput, result_of
 from fusion.runs.run import Run, record
 from fusion.store.artifacts import load, save
-from fusion.store.lookup import names, read_folder
+from fusion.store.lookup import names, read_folder, read_manifest
 from fusion.store.writing import remove
 from fusion.training.predictions import main_score
 
@@ -94,19 +93,21 @@ def search(
     log.info("search: selected optim.lr=%g seed=%d on the validation split", rate, seed)
     if config.trainer.fast_dev_run:
         return result | {"name": config.name, "search": found}
-    path = _keep(config, run, output, str(chosen.name), found)
-    for name in {str(one.name) for one in every} & set(names(output.store)):
-        remove(name, output.store)
-    return result_of(read_folder(path), path)
+    return keep(config, run, output, str(chosen.name), [str(one.name) for one in every], {"search": found})
 
 
-def _keep(config: StageConfig, run: Run, output: RunOutput, chosen: str, found: dict[str, Any]) -> Path:
-    """Save an artifact of the search under the name of the output."""
+def keep(
+    config: StageConfig, run: Run, output: RunOutput, chosen: str, trained: Sequence[str], found: dict[str, Any]
+) -> dict[str, Any]:
+    """Save one of the trained artifacts under the name of the output with `found` in its result, remove all of them.
+
+    Returns the content of result.json.
+    """
     artifact = load(chosen, output.store)
     stored = artifact.manifest
     manifest = stored.changed(
         name=output.name,
-        result=stored.content["result"] | {"name": output.name, "search": found},
+        result=stored.content["result"] | {"name": output.name, **found},
         run=stored.content["run"]
         | {
             "identity": output.identity,
@@ -115,6 +116,10 @@ def _keep(config: StageConfig, run: Run, output: RunOutput, chosen: str, found: 
             "directory": str(run.directory),
         },
     )
+    if output.name in names(output.store) and read_manifest(output.name, output.store).kind != stored.kind:
+        remove(output.name, output.store, force=True)  # `save` replaces the same kind only
     path = save(output.store, manifest, artifact.weights, artifact.head, config.overwrite)
     log.info("stored %s", path)
-    return path
+    for name in {*trained} & {*names(output.store)}:
+        remove(name, output.store)
+    return result_of(read_folder(path), path)
