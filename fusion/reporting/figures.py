@@ -116,6 +116,35 @@ def scores_figure(panels: Mapping[str, Mapping[str, tuple[str, Sequence[float]]]
         return figure
 
 
+def differences_figure(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[str, float, float | None, float | None]]]], xlabel: str
+) -> Figure:
+    """Plot differences with intervals. `panels`: (label, mean, low, high) by panel title and method."""
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    labels = [list(dict.fromkeys(one[0] for own in panel.values() for one in own)) for panel in panels.values()]
+    heights = [len(each) * (0.16 * len(methods) + 0.12) for each in labels]
+    with _drawing(7.0, 0.9 + sum(heights) + 0.35 * len(panels) + 0.2 * len(methods)) as figure:
+        every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (title, panel), rows in zip(every, panels.items(), labels, strict=True):
+            for number, method in enumerate(methods):
+                shift = 0.8 * ((number + 0.5) / len(methods) - 0.5)
+                for label, mean, low, high in panel.get(method, ()):
+                    place, ink = rows.index(label) + shift, color(number)
+                    if low is not None and high is not None:
+                        axes.plot([low, high], [place, place], color=ink, linewidth=1.2)
+                    axes.plot([mean], [place], "o", color=ink, markersize=4)
+            axes.set_yticks(range(len(rows)), [shortened(label, 30) for label in rows])
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.axvline(0, color=_FAINT, linewidth=0.8)
+            axes.grid(axis="x", color=_FAINT, alpha=0.25)
+            axes.set_title(title)
+        every[-1].set_xlabel(xlabel)
+        for number, method in enumerate(methods):
+            every[-1].plot([], [], "o", color=color(number), markersize=4, label=method)
+        figure.legend(*every[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return figure
+
+
 def heatmap_figure(values: Floats, rows: Sequence[str], columns: Sequence[str], ylabel: str, title: str) -> Figure:
     """Plot `values`, (rows, columns), as a heatmap. NaN cells are left empty."""
     with _drawing(1.6 + 0.55 * len(columns), 1.2 + 0.27 * len(rows)) as figure:

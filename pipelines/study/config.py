@@ -12,7 +12,7 @@ which select nothing. The sources of a target never include its own adapter of a
 
 Each result is appended to `results` as one JSON line, so that an interrupted study continues, and several processes
 that are started with the same settings share the work (on a CPU, each with OMP_NUM_THREADS=1). Artifacts of stage 2
-are removed after their evaluation. `report=true` trains nothing and prints the tables.
+are removed after their evaluation. `report=true` trains nothing. Tables and picture are written next to `results`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pipelines.commands import distinct
 
 STAGE1, STAGE2 = "fusion.stage1", "fusion.stage2"
 BASELINE = "adapter"
+SELECTED = "selected"  # the method of `SELECTED_FROM` with the best validation score, by target and seed
+SELECTED_FROM = ("adapter", "fusion_new_adapter")
 # Pairs of tasks that share texts: the adapter of one is not a source for the other.
 RELATED_TEXTS = ({"sst2", "mr"}, {"mrpc", "stsb"}, {"movies", "movies_rating"}, {"tweets", "tweets_rating"})
 FOLDS = 4  # of cross-fitting
@@ -125,6 +127,11 @@ class StudyConfig(Settings):
         """The methods in the order of training: the single adapter is the own adapter of others."""
         own = [BASELINE] if any(METHODS[one].uses_own or one == BASELINE for one in self.methods) else []
         return own + [one for one in self.methods if one != BASELINE]
+
+    @property
+    def compared(self) -> list[str]:
+        """The methods of the tables."""
+        return self.methods + ([SELECTED] if set(SELECTED_FROM) <= set(self.methods) else [])
 
     @property
     def store(self) -> Path:

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.locks import LOCKS, lock
 from pipelines.study import trainings
 from pipelines.study.__main__ import main
-from pipelines.study.config import StudyConfig
+from pipelines.study.config import METHODS, SELECTED, SELECTED_FROM, StudyConfig
 from pipelines.study.results import Cell, append_results, best_rate, read_results
-from pipelines.study.table import comparisons, report
+from pipelines.study.table import comparisons, paired_test, report, scores_of
 from pipelines.study.trainings import Study
 
+Results = dict[Cell, dict[str, Any]]
 SCORES = {"head": 0.6, "adapter": 0.7, "fusion": 0.8}
 
 
@@ -147,25 +149,67 @@ def test_the_rate_is_selected_on_validation_over_complete_targets(config: StudyC
     assert best_rate({}, config, 100, "head") == 5e-3
 
 
-def test_comparisons_are_paired_by_seed(config: StudyConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    config.seeds, config.methods = [1, 2, 3, 4, 5], ["adapter", "fusion"]
+def with_results(config: StudyConfig, gains: dict[str, dict[str, float]], backbone: str = "minilm") -> Results:
+    """Scores of five seeds with the middle rate, and lower validation scores with the other rates."""
     results = {}
-    for target, gain in (("sst2", 0.05), ("cb", -0.01)):
-        for seed in config.seeds:
-            for method, rates in (("adapter", (5e-4, 1e-3, 2e-3)), ("fusion", (1e-4, 2e-4, 5e-4))):
+    for target, own in gains.items():
+        for method, gain in own.items():
+            rates = METHODS[method].rates
+            for seed in config.seeds:
                 for rate in rates if seed == 1 else rates[1:2]:
-                    cell = Cell("minilm", target, 100, method, seed, rate)
-                    score = 0.6 + 0.01 * seed + (gain if method == "fusion" else 0.0)
-                    results[cell] = result(cell, 0.9 if rate == rates[1] else 0.1, score)
-    found = {(one.method, one.target): one for one in comparisons(results, config)}
+                    cell = Cell(backbone, target, 100, method, seed, rate)
+                    score = 0.6 + 0.01 * seed + gain + (0.001 * (seed % 2) if method != "adapter" else 0.0)
+                    results[cell] = result(cell, score if rate == rates[1] else 0.1, score)
+    return results
+
+
+def test_comparisons_are_paired_by_seed(config: StudyConfig) -> None:
+    config.seeds, config.methods = [1, 2, 3, 4, 5], ["adapter", "fusion"]
+    results = with_results(config, {"sst2": {"adapter": 0, "fusion": 0.05}, "cb": {"adapter": 0, "fusion": -0.01}})
+    found = {(one.method, one.target): one for one in comparisons(results, config, 100)}
     assert set(found) == {(method, target) for method in config.methods for target in config.targets}
     one = found["fusion", "sst2"]
-    assert one.difference == pytest.approx(0.05) and len(one.scores) == 5
-    assert one.low == pytest.approx(0.05) and one.p is not None and one.p < 0.2
-    assert found["fusion", "cb"].difference == pytest.approx(-0.01)
+    assert one.difference == pytest.approx(0.0506) and len(one.scores) == 5
+    test = stats.ttest_1samp([0.051, 0.05, 0.051, 0.05, 0.051], 0)  # 1, 3 and 5 have 0.001 more
+    assert (one.low, one.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert one.p is not None and one.p <= 2 * test.pvalue * (1 + 1e-6) and one.verdict == "win"
+    assert found["fusion", "cb"].verdict == "loss" and found["adapter", "cb"].verdict == "tie"
+    del results[Cell("minilm", "cb", 100, "fusion", 3, 2e-4)]
+    assert len({one.target: one for one in comparisons(results, config, 100)}["cb"].scores) == 4
+    assert paired_test([0.5], [0.4]) == (None, None, None)
+    assert paired_test([0.5, 0.6], [0.5, 0.6]) == (0, 0, 1) and paired_test([0.5, 0.6], [0.4, 0.5])[2] == 0
+
+
+def test_the_method_is_selected_on_validation(config: StudyConfig) -> None:
+    config.methods = ["adapter", "fusion_new_adapter"]
+    results = with_results(config, {"sst2": {"adapter": 0.0, "fusion_new_adapter": 0.0}})
+    for seed, validations in ((1, (0.7, 0.8)), (2, (0.7, 0.7))):
+        for method, validation in zip(SELECTED_FROM, validations, strict=True):
+            cell = Cell("minilm", "sst2", 100, method, seed, METHODS[method].rates[1])
+            results[cell] = {**results[cell], "validation": validation, "test": seed + (method != "adapter") / 2}
+    assert scores_of(results, config, 100, SELECTED) == {"sst2": {1: 1.5, 2: 2.0}}
+    assert config.compared == ["adapter", "fusion_new_adapter", SELECTED]
+    config.methods = ["adapter"]
+    assert config.compared == ["adapter"]
+
+
+def test_tables_and_picture(config: StudyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.seeds, config.methods = [1, 2, 3, 4, 5], ["adapter", "fusion"]
+    config.results = str(tmp_path / "study.jsonl")
+    results = with_results(config, {"sst2": {"adapter": 0, "fusion": 0.05}, "cb": {"adapter": 0, "fusion": -0.05}})
+    results |= with_results(config, {"cb": {"adapter": 0.1}}, "mpnet_base")
     report(config, results)
-    printed = capsys.readouterr().out
-    assert "fusion, as published" in printed and "+0.050" in printed and "0.630 ± 0.016" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"study.md", "study.png", "study.svg"}
+    lines = (tmp_path / "study.md").read_text().splitlines()
+    assert "### minilm, 100 training examples" in lines and "### mpnet_base, 100 training examples" in lines
+    assert "| target | single adapter | fusion, as published |" in lines
+    assert "| sst2 | 0.630 ± 0.016 | 0.681 ± 0.016 ▲ |" in lines
+    assert "| mean difference |  | +0.001 |" in lines and "| wins / ties / losses |  | 1 / 0 / 1 |" in lines
+    assert "| cb | -0.049 (-0.050 to -0.049) |" in lines
+    assert "| cb | 0.730 ± 0.016 |" in lines
+    assert "written: " in capsys.readouterr().out
+    report(config, {})
+    assert "no results yet" in capsys.readouterr().out
 
 
 def test_held_out_examples(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
