@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusion.analysis.ranking.selection import resolve_sources
+from fusion.analysis.ranking.selection import settle_sources
 from fusion.cli.app import command
 from fusion.config.stages import SelectConfig
 from fusion.runs.run import Run
 from fusion.stages.selection import check_selection, run_selection
 
 
-@command("select", SelectConfig, check=check_selection, settle=lambda config, overrides: resolve_sources(config))
+@command("select", SelectConfig, check=check_selection, settle=settle_sources)
 def main(config: SelectConfig, run: Run) -> dict[str, Any]:
     return run_selection(config, run)
 

@@ -73,7 +73,7 @@ def pooled_states(
     model = AdaptedModel(
         backbone,
         build_composition(settings, sources, backbone),
-        sources[0].manifest.placement["adapter.reads"],
+        sources[0].manifest.reads,
         TaskHead(backbone.hidden_size, 1, pooling),  # not used
     )
     model = model.to(device).eval()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from fusion.backbones.slots import BeforeAttention, LinearLayer, PostNorm, PreNorm, Slot
+from fusion.backbones.slots import BeforeAttention, LinearLayer, PostNorm, PreNorm, Slot, SlotAddress
 from fusion.errors import UserError
 
 if TYPE_CHECKING:  # the first checks of a command read this table without importing torch
@@ -92,6 +92,16 @@ class Family:
             names.setdefault(part, names.get("query_key_value", []))
         found = [name for target in targets for name in ([target] if target in own else names.get(target) or [target])]
         return list(dict.fromkeys(found))
+
+    def linear_slots(self, depths: Mapping[str, int]) -> dict[str, str]:
+        """Return the slots at linear layers by dotted path in the model, given the number of layers by stack."""
+        return {
+            f"{stack.layers}.{layer}.{slot.linear}": str(SlotAddress(name, layer, site))
+            for name, stack in self.stacks.items()
+            for layer in range(depths.get(name, 0))
+            for site, slot in stack.sites.items()
+            if isinstance(slot, LinearLayer)
+        }
 
     def encoder_only(self) -> Family:
         """Return the family without the decoder."""

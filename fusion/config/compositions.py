@@ -162,6 +162,9 @@ COMPOSITIONS: dict[str, Composition] = {
     "continued": Composition(_continued, "adapter", no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
 
+LORA_DEFAULTS = {"rank": 32, "value_matrix": False}
+"""Defaults of `CompositionConfig` for LoRA sources."""
+
 # Settings that do not affect the output computed with stored weights.
 TRAINING_ONLY = ("dropout", "value_penalty", "prior_penalty", *_SAMPLED, "fusion", "keep")
 
@@ -177,7 +180,8 @@ class CompositionConfig(NamedSettings, group="composition"):
     value_penalty: float = number(0.01, ">= 0")  # weight of the sum over layers of ||Wv - I||^2
     layers: Any = layers()  # layers of the backbone with a composition
     drop: Optional[str] = layer_drop()
-    rank: Optional[int] = integer(None, 1, null="the hidden size")  # rank of the query and key matrices
+    # Of the query and key matrices. For LoRA sources, see `LORA_DEFAULTS`.
+    rank: Optional[int] = integer(None, 1, null="the hidden size")
     target_adapter: bool = False  # train a new adapter alongside the composition
     train: bool = False  # continue training weights that are initialized from stored ones
     fusion: Optional[str] = None  # the stored fusion to prune

@@ -29,6 +29,7 @@ from fusion.model.from_manifests import (
     described_adapters,
     described_head,
     head_shapes,
+    lora_names,
     make_adapters,
     weight_shapes,
 )
@@ -100,6 +101,23 @@ def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, Bottlen
     return make_adapters(config, sizes, backbone.hidden_size, config.init)
 
 
+def describe_lora(config: MethodConfig, tuning: Tuning, backbone: Backbone) -> dict[str, dict[str, Any]] | None:
+    """Return the entry `lora` of the manifest; `None` if an update is not at a linear layer of a slot."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in tuning.state().items()}
+    slots = backbone.family.linear_slots(backbone.depths)
+    found = {}
+    for name, (rank, input_size) in shapes.items():
+        path, _, matrix = name.partition(".lora_")
+        if matrix != "A.weight":
+            continue
+        if path not in slots:
+            return None
+        output_size = shapes[f"{path}.lora_B.weight"][0]
+        sizes = {"rank": rank, "scaling": config.alpha / rank, "input_size": input_size, "output_size": output_size}
+        found[slots[path]] = sizes
+    return found
+
+
 def tuning_of(config: MethodConfig, backbone: Backbone) -> Tuning | None:
     """Return the backbone parameters that a method trains, if any. LoRA changes the backbone in place."""
     tune = config.definition.tune
@@ -110,7 +128,10 @@ def stored_adapters(artifact: Artifact) -> dict[str, BottleneckAdapter]:
     """Return the adapters of an artifact with their weights, by slot name. Raises UserError if they do not match."""
     _check_weights(artifact)
     adapters = described_adapters(artifact.manifest)
-    copy_stored(parameters_of(adapters), artifact.weights, artifact.path / WEIGHTS)
+    parameters: Mapping[str, torch.nn.Parameter] = parameters_of(adapters)
+    if artifact.manifest.lora is not None:
+        parameters = lora_names(artifact.manifest, parameters)
+    copy_stored(parameters, artifact.weights, artifact.path / WEIGHTS)
     return adapters
 
 
@@ -251,8 +272,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         assert tuning is not None
         copy_stored(tuning.state(), artifact.weights, artifact.path / WEIGHTS)
     kept = {slot: slot_module for slot, slot_module in slot_modules.items() if SlotAddress.parse(slot).layer >= drop}
-    placement = sources[0].manifest.placement if sources else manifest.placement
-    reads = placement["adapter.reads"] or "normed"
+    reads = sources[0].manifest.reads if sources else manifest.reads
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
     copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
     return model.merged()

@@ -10,6 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
+from fusion.backbones.families import FAMILIES
 from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import CONTINUED, KEPT, CompositionConfig, SlotSources
 from fusion.config.model import AdapterConfig, kept_layers
@@ -27,10 +28,35 @@ Shapes = dict[str, tuple[int, ...]]  # of tensors, by name in the file
 
 
 def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
-    """Return new adapters with the sizes given in a manifest, by slot."""
+    """Return new adapters with the sizes given in a manifest, by slot; LoRAs are adapters without σ and biases."""
+    if manifest.lora is not None:
+        return {
+            slot: BottleneckAdapter(
+                one.input_size,
+                one.rank,
+                "identity",
+                one.scaling,
+                init="zero_up",
+                output_size=one.output_size,
+                bias=False,
+            )
+            for slot, one in manifest.lora.items()
+        }
     assert manifest.adapter is not None
     sizes, hidden_size = manifest.bottleneck_sizes, manifest.backbone.hidden_size
     return make_adapters(manifest.adapter.settings, sizes, hidden_size, "bert")
+
+
+def lora_names(manifest: Manifest, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """Return parameters with the names that peft uses in files: `….query.lora_A.weight` for `0.attention.query.down`."""
+    slots = FAMILIES[manifest.backbone.family].linear_slots(manifest.backbone.depths)
+    modules = {slot: path for path, slot in slots.items()}
+    endings = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight"}
+    return {
+        f"{modules[slot]}.{endings[ending]}": parameters[f"{slot}.{ending}"]
+        for slot in manifest.bottleneck_sizes
+        for ending in endings
+    }
 
 
 def make_adapters(
@@ -69,7 +95,7 @@ def compose(
     target: str | None = None,
     folds: Mapping[int, Sequence[Mapping[str, BottleneckAdapter]]] | None = None,
 ) -> dict[str, SlotModule]:
-    """Return the composition of the sources for each slot in which at least one source has an adapter.
+    """Return the composition of the sources for each slot in which at least one source has an adapter or LoRA.
 
     Raises UserError if `chosen` does not match the composition or the sources, or there is no slot.
 
@@ -88,7 +114,7 @@ def compose(
     if only is not None and only not in [source.name for source in sources]:
         raise UserError("composition.continued is not one of the sources")
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
-    hidden_size, sites = sources[0].backbone.hidden_size, sources[0].placement["adapter.sites"]
+    sites = list(dict.fromkeys(site for source in sources for site in source.sites))
     own = own_adapters(sources, target)
     share = definition.share
     shared: dict[tuple[str, str], Any] = {}
@@ -104,15 +130,17 @@ def compose(
         present = {n: own[slot] for n, own in enumerate(every) if slot in own}
         if not present:
             continue
+        first = next(iter(present.values()))
         if place not in shared:
-            shared[place] = None if share is None else share(len(sources), hidden_size)
+            shared[place] = None if share is None else share(len(sources), first.up.out_features)
         combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
         of_folds = {n: [one[slot] for one in each] for n, each in (folds or {}).items() if n in combined}
         module = definition.build(config, SlotSources(combined, len(sources), own, of_folds), shared[place])
         if config.target_adapter:  # with the bottleneck size of the largest source in the slot
-            first, *others = present.values()
-            size = max(adapter.down.out_features for adapter in (first, *others))
-            new = BottleneckAdapter(first.down.in_features, size, first.nonlinearity, init="zero_up")
+            size = max(adapter.down.out_features for adapter in present.values())
+            sizes = first.down.in_features, size, first.nonlinearity
+            output_size, bias = first.up.out_features, first.up.bias is not None
+            new = BottleneckAdapter(*sizes, init="zero_up", output_size=output_size, bias=bias)
             module = WithTargetAdapter(module, new)
         modules[slot] = module
     if not modules:
@@ -152,6 +180,8 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
         own = manifest.task.name
         return compose(fused.settings, sources, lambda n: described_adapters(sources[n]), depths, fused.chosen, own)
 
+    if manifest.lora is not None:
+        return _shapes(lambda: lora_names(manifest, parameters_of(described_adapters(manifest))), path)
     return None if manifest.method is not None else _shapes(lambda: parameters_of(slot_modules()), path)
 
 

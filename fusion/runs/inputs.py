@@ -164,7 +164,8 @@ def check_one_shape(composition: str, sources: Sequence[Manifest]) -> None:
     """Raise UserError if weights cannot be averaged since shapes or activations differ."""
 
     def shape(source: Manifest) -> dict[str, Any]:
-        assert source.adapter is not None
+        if source.adapter is None:
+            return {"lora": source.content["lora"]}
         settings = {f"adapter.{key}": getattr(source.adapter.settings, key) for key in ("nonlinearity", "scaling")}
         return settings | {"adapter.bottleneck_sizes": source.bottleneck_sizes}
 

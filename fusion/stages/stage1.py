@@ -39,6 +39,7 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     from fusion.model.adapted import AdaptedModel
     from fusion.model.build import (
         configured_backbone,
+        describe_lora,
         initialize_from,
         initialize_heads,
         new_adapters,
@@ -74,6 +75,9 @@ def train(config: Stage1Config, run: Run, output: RunOutput) -> dict[str, Any]:
     )
     method = None if tuning is None else config.method.of_family(backbone.family).as_stored()
     parts = {"adapter": adapter, "method": method}
+    if output.kind == "lora":
+        assert tuning is not None
+        parts["lora"] = describe_lora(config.method, tuning, backbone)
     return train_and_store(
         StageSpec(config, run, output, model, backbone, rows, config.method.name, parts, objective, initial=initial)
     )

@@ -82,7 +82,7 @@ def train(config: Stage2Config, run: Run, inputs: Inputs, output: RunOutput) -> 
     torch.manual_seed(config.seed)
     slot_modules = build_composition(init.composition, sources, backbone, init.chosen, config.task.name, folds)
     head = init.new_head(config, backbone)
-    reads = sources[0].manifest.placement["adapter.reads"]
+    reads = sources[0].manifest.reads
     dropout, checkpointing = bool(options.dropout), options.gradient_checkpointing
     model = AdaptedModel(backbone, slot_modules, reads, head, dropout, checkpointing)
     if init.fusion is None:

@@ -51,11 +51,16 @@ def why_unfit(manifest: Manifest) -> str | None:
 
 
 def check_sources(manifests: list[Manifest]) -> None:
-    """Raise UserError if adapters cannot be fused: all must have the same backbone and `Manifest.placement`."""
+    """Raise UserError if sources cannot be fused: all must have the same backbone and `Manifest.placement`."""
     for manifest in manifests:
-        if manifest.kind != "adapter":
+        if manifest.kind == "lora" and manifest.lora is None:
             raise UserError(
-                f"sources: {manifest.name} is a stored {manifest.kind}, expected an adapter; train one with "
+                f"sources: {manifest.name} does not describe its LoRA in each layer, since it was stored by an earlier "
+                "version or changes linear layers outside of the transformer's layers; retrain it with overwrite=true"
+            )
+        if manifest.kind not in ("adapter", "lora"):
+            raise UserError(
+                f"sources: {manifest.name} is a stored {manifest.kind}, expected an adapter or a LoRA; train one with "
                 f"python -m fusion.stage1 +task={manifest.task.name} method=adapter"
             )
     if duplicates := repeated(manifest.name for manifest in manifests):
@@ -64,7 +69,7 @@ def check_sources(manifests: list[Manifest]) -> None:
         first = manifests[0]
         one, two = first.backbone, other.backbone
         pairs = _backbone_pairs(one, two.fingerprint, two.hidden_size, two.tokenizer)
-        pairs |= {key: (value, other.placement[key]) for key, value in first.placement.items()}
+        pairs |= {key: (value, other.placement.get(key)) for key, value in first.placement.items()}
         if found := differences(pairs):
             raise UserError(
                 f"sources: {other.name} cannot be fused with {first.name}: {found} (backbone {two.name_or_path}, "

@@ -116,6 +116,9 @@ def what_it_is(manifest: Manifest) -> str:
         return f"{manifest.composition.settings.name} of {len(manifest.sources)}"
     if manifest.adapter is not None:
         return f"{'+'.join(manifest.adapter.settings.sites)}/{manifest.adapter.settings.reads}"
+    if manifest.lora is not None:
+        ranks = sorted(set(manifest.bottleneck_sizes.values()))
+        return f"{'+'.join(manifest.sites)}/rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}"
     return "-"
 
 

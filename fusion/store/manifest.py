@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from fusion.backbones.families import FAMILIES
 from fusion.backbones.slots import SlotAddress
 from fusion.config.compositions import TRAINING_ONLY, CompositionConfig
 from fusion.config.methods import METHODS, MethodConfig
@@ -28,7 +29,7 @@ KINDS = tuple(dict.fromkeys(("adapter", "fusion", *(method.kind for method in ME
 # Settings that do not change the output of the stored weights; `bottleneck_sizes` contains the adapted slots.
 ADAPTER_TRAINING_KEYS = ("name", "init", "dropout", "reduction_factor", "bottleneck_size", "layers", "drop")
 TUNING_KINDS = {method.kind for method in METHODS.values() if method.tune is not None}
-OPTIONAL = ("method", "multitask", "checksum")  # keys that may be missing in version 0.1
+OPTIONAL = ("method", "multitask", "checksum", "lora")  # keys that may be missing in version 0.1
 
 
 def checked(problem: Callable[[str], str | None]) -> AfterValidator:
@@ -117,6 +118,15 @@ class Adapter(WithSettings):
 
     settings: AdapterConfig
     bottleneck_sizes: dict[str, Count]
+
+
+class LowRankUpdate(Part):
+    """A LoRA at one linear layer: scaling · B A, with A (rank, input_size) and B (output_size, rank)."""
+
+    rank: Count
+    scaling: float
+    input_size: Count
+    output_size: Count
 
 
 class Composition(WithSettings):
@@ -227,6 +237,7 @@ class Manifest(Part):
     files: dict[Annotated[str, one_of((WEIGHTS, HEAD))], File]
     method: MethodConfig | None = None
     multitask: Annotated[dict[str, TaskAndHead], Field(min_length=1)] | None = None
+    lora: Annotated[dict[str, LowRankUpdate], Field(min_length=1)] | None = None  # by slot, if all are at known sites
     checksum: str | None = None  # None in version 0.1
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -312,19 +323,37 @@ class Manifest(Part):
         }
         if self.method is not None:
             settings["method"] = _without(self._content["method"], ("dropout",))
+        if self.lora is not None:
+            settings["lora"] = self._content["lora"]
         if self.kind == "head":
             settings["head"] = self.files[HEAD].sha256
         return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def placement(self) -> dict[str, Any]:
-        """Sites and input of the adapters, which are equal for all sources of a fusion."""
-        settings = None if self.adapter is None else self.adapter.settings
-        return {f"adapter.{key}": getattr(settings, key, None) for key in ("sites", "reads")}
+        """What has to be equal for all sources of a fusion: the kind and, for adapters, their sites and input."""
+        if self.adapter is None:
+            return {"kind": self.kind}
+        settings = self.adapter.settings
+        return {"kind": self.kind, "adapter.sites": settings.sites, "adapter.reads": settings.reads}
+
+    @property
+    def reads(self) -> str:
+        """Input of the slots, see `fusion.backbones.slots`."""
+        return "input" if self.adapter is None else self.adapter.settings.reads
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites of the slots, in order."""
+        if self.adapter is not None:
+            return self.adapter.settings.sites
+        return list(dict.fromkeys(SlotAddress.parse(slot).site for slot in self.bottleneck_sizes))
 
     @property
     def bottleneck_sizes(self) -> dict[str, int]:
-        """Bottleneck size of each slot of an adapter; empty for other kinds."""
+        """Bottleneck size or rank in each slot of a source; empty for other kinds."""
+        if self.lora is not None:
+            return {slot: one.rank for slot, one in self.lora.items()}
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
@@ -364,6 +393,8 @@ def _check_kind(manifest: Manifest) -> None:
         raise UserError(f"sources: duplicate {', '.join(duplicates)}")
     if method is not None and method.definition.kind != kind:
         raise UserError(f"method.name is {method.name}, but kind is {kind}")
+    if manifest.lora is not None:
+        _check_lora(manifest)
     if adapter is None:
         return
     sites, sizes, depths = adapter.settings.sites, adapter.bottleneck_sizes, manifest.backbone.depths
@@ -382,6 +413,16 @@ def _check_kind(manifest: Manifest) -> None:
     for site in sites if adapter.settings.shared else ():
         if len({size for slot, size in sizes.items() if slot.endswith(f".{site}")}) > 1:
             raise UserError(f"adapter.bottleneck_sizes: expected a single size for {site} in a shared adapter")
+
+
+def _check_lora(manifest: Manifest) -> None:
+    family = FAMILIES.get(manifest.backbone.family)
+    if manifest.kind != "lora":
+        raise UserError(f"lora is set in an artifact of kind {manifest.kind}")
+    slots = set(family.linear_slots(manifest.backbone.depths).values()) if family is not None else set()
+    assert manifest.lora is not None
+    if unknown := manifest.lora.keys() - slots:
+        raise UserError(f"lora has {listed(unknown)}, expected slots at linear layers, such as 0.attention.query")
 
 
 def _without(values: Mapping[str, Any] | None, keys: tuple[str, ...]) -> dict[str, Any] | None:

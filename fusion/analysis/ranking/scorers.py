@@ -175,7 +175,7 @@ def attention(inputs: ScorerInputs) -> list[float]:
     model = AdaptedModel(
         backbone,
         build_composition(composition, inputs.sources, backbone),
-        inputs.sources[0].manifest.placement["adapter.reads"],
+        inputs.sources[0].manifest.reads,
         new_head(config.head, inputs.task, config.backbone.pooling, backbone),
     )
     trainer = TrainerConfig(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusion.config.compositions import LORA_DEFAULTS, CompositionConfig
 from fusion.config.stages import Stage2Config
 from fusion.errors import UserError
 from fusion.store.compatibility import why_unfit
 from fusion.store.layout import OLD
 from fusion.store.lookup import artifacts, names, read_manifest
-from fusion.text import log_once, override, shell_line
+from fusion.text import key_of, log_once, override, shell_line
 
 if TYPE_CHECKING:
     from fusion.analysis.ranking.rankings import RankedSource, StoredRanking
@@ -95,6 +96,23 @@ def _placement(manifest: Manifest) -> str:
     """Describe the placement, which has to be equal for all sources of a fusion."""
     sites, reads = manifest.placement["adapter.sites"], manifest.placement["adapter.reads"]
     return f"{'+'.join(sites)}/{reads} on weights {manifest.backbone.fingerprint[:8]}"
+
+
+def settle_sources(config: Stage2Config, overrides: Sequence[str]) -> None:
+    """Resolve the sources, and use a low rank and no value matrix for LoRAs unless the overrides set them.
+
+    A query, key and value of size D x D in each linear layer would have far more parameters than the LoRAs.
+    """
+    resolve_sources(config)
+    composition, store = config.composition, Path(config.store)
+    given = set(map(key_of, overrides))
+    if not config.sources or config.sources[0] not in names(store):
+        return
+    if read_manifest(config.sources[0], store).kind == "lora":
+        for key, value in LORA_DEFAULTS.items():
+            applies = key in composition.definition.settings and f"composition.{key}" not in given
+            if applies and getattr(composition, key) == getattr(CompositionConfig(), key):
+                setattr(composition, key, value)
 
 
 def resolve_sources(config: Stage2Config) -> None:
