@@ -53,6 +53,8 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
 
     store = bench.folder / "store"
     assert set(names(store)) == {"films", "plays-selected"} and result["name"] == "plays-selected"
+    unbiased = next(one["metrics"] for one in found["methods"] if one["method"] == found["chosen"])
+    assert result["metrics"] == unbiased == read_manifest("plays-selected", store).metrics
     assert read_manifest("plays-selected", store).content["result"]["selection"] == found
     chosen = next(one for one in found["methods"] if one["method"] == found["chosen"])
     tested = bench.evaluate("plays-selected", split="test")["metrics"]
@@ -64,10 +66,10 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
     capsys.readouterr()
     end_of_run(run, result)
     titles, *rows, evaluated, report = capsys.readouterr().out.splitlines()
-    assert titles.split("  ")[0] == "method" and "accuracy for the selection (8 examples)" in titles
-    assert "test/accuracy (8 examples)" in titles and len(rows) == 3
+    assert titles.split("  ")[0] == "method" and "accuracy for the selection (8)" in titles
+    assert "accuracy, test (8)" in titles and len(rows) == 3
     assert [row.split()[0] for row in rows if row.endswith("selected")] == [found["chosen"]]
-    assert "python -m fusion.evaluate artifact=plays-selected" in evaluated and "fusion.report" in report
+    assert "python -m fusion.evaluate artifact=plays-selected split=test" in evaluated and "fusion.report" in report
 
     assert selected(bench) == result
     with pytest.raises(UserError, match="the store already contains a different plays-selected"):
@@ -108,8 +110,9 @@ def test_a_third_fold_is_reported_without_labels_of_the_test_split(bench: Bench)
 
 
 def test_an_interrupted_selection_continues_and_failed_trainings_are_left_out(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     bench.stage1("films")
     record, trained = selecting.record, []
 
@@ -122,6 +125,9 @@ def test_an_interrupted_selection_continues_and_failed_trainings_are_left_out(
     monkeypatch.setattr(selecting, "record", interrupt)
     with pytest.raises(KeyboardInterrupt):
         selected(bench, methods=["adapter", "adapterfusion"])
+    assert "plays-selected stopped; to continue, rerun the command: it continues after the finished" in caplog.text
+    state = check_selection(*run_of(bench, methods=["adapter", "adapterfusion"]))
+    assert state == ("interrupted", "after the finished trainings")
     store = bench.folder / "store"
     before = bench.weights("plays-selected-adapter")
 
@@ -165,6 +171,7 @@ def test_a_different_kind_is_replaced_with_overwrite(bench: Bench, monkeypatch: 
         ({"methods": ["head", "adapter"]}, "methods=[head,adapter]: composition=adapterfusion is not among them; add"),
         ({"search": True, "search_rates": [1e-3]}, "search_rates: the methods have different learning rates"),
         ({"sources": []}, "sources is empty"),
+        ({"init_from": "films"}, "init_from=films: the methods have different weights; leave it out"),
     ],
 )
 def test_invalid_settings(bench: Bench, changes: dict[str, Any], message: str) -> None:
@@ -179,6 +186,9 @@ def test_invalid_inputs_are_found_before_training(bench: Bench) -> None:
         SelectConfig(**bench.settings("plays"), sources=["films"])
     config, run = run_of(bench, sources=["flims"])
     with pytest.raises(UserError, match="flims"):
+        check_selection(config, run)
+    config, run = run_of(bench, name="films", overwrite=True)
+    with pytest.raises(UserError, match="name=films: is one of the sources, which it would replace"):
         check_selection(config, run)
     config, run = run_of(bench, name="plays-selected-adapter-x/y")
     with pytest.raises(UserError, match="plays-selected-adapter-x/y"):

@@ -141,11 +141,10 @@ def compared(selection: Mapping[str, Any]) -> list[Row]:
     """Return the scores of the methods of a selection, on the examples that selected the method and on others."""
     metric = selection["metric"]
     split = next(iter(selection["methods"][0]["metrics"]))
-    columns = [
-        (f"{name} ({selection['examples'][key]} examples)", key)
-        for name, key in ((f"{metric} for the selection", "selection"), (f"{split}/{metric}", "report"))
-    ]
-    table: list[Row] = [("method", *(title for title, _ in columns), "trained", "seconds", "")]
+    held_out = "held-out fold" if split.startswith("validation") else split
+    examples = selection["examples"]
+    titles = f"{metric} for the selection ({examples['selection']})", f"{metric}, {held_out} ({examples['report']})"
+    table: list[Row] = [("method", *titles, "trained", "seconds", "")]
     for one in selection["methods"]:
         scores = score(one["score"]), score(one["metrics"][split][metric])
         selected = "selected" if one["method"] == selection["chosen"] else ""
@@ -222,6 +221,9 @@ def _next_commands(run: Run, result: Mapping[str, Any]) -> list[str]:
     if run.command in TRAINING:
         if "artifact" not in result or not isinstance(name, str) or name.endswith(DEBUG):
             return []  # no artifact to use
+        if run.command == "select":  # the other validation examples were used for the selection
+            split = "split=test" if "test" in result["metrics"] else "data.validation_fold=2/3"
+            using = [word for word in using if not key_of(word).startswith("data.limit.validation")] + [split]
         evaluate = shell_line("evaluate", [override("artifact", name), *using])
         if run.command == "stage1":
             return [evaluate, *_stage2(run.overrides, [result])]

@@ -256,7 +256,7 @@ class SelectConfig(Stage2Config):
         require(
             rate is None and self.search_rates is None,
             f"{'search_rates' if rate is None else 'optim.lr'}: the methods have different learning rates; leave it out, "
-            "or set those of the backbone such as backbone.rates={adapter:1e-3,fusion:2e-4}",
+            "or set those of the backbone such as 'backbone.rates={adapter:1e-3,fusion:2e-4}'",
         )
         require(
             self.data.validation_fold is None,
@@ -267,8 +267,10 @@ class SelectConfig(Stage2Config):
         self.optim.lr, self.backbone.dropout = None, dropout  # each method has its own default
         require(
             self.composition.name in self.candidates,
-            f"{override('methods', self.methods)}: composition={self.composition.name} is not among them; add it",
+            f"{override('methods', self.methods)}: composition={self.composition.name} is not among them; add it, or set "
+            "composition=NAME to one of them",
         )
+        require(self.init_from is None, f"init_from={self.init_from}: the methods have different weights; leave it out")
 
     @property
     def candidates(self) -> list[str]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ATTEMPT = "attempt.json"
 POSITION = "position.json"
+PARTS = "after the finished trainings"
 LAST, BEFORE = "last.ckpt", "before.ckpt"  # checkpoints, written by `fusion.training.checkpoints`
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class RunOutput:
         attempt, resumable = read_json(self.checkpoints / ATTEMPT), self._has_checkpoint
         if not attempt and not resumable:
             return RunState("new")
-        where = self._position() if resumable else "from the beginning"
+        where = PARTS if attempt.get("parts") else self._position() if resumable else "from the beginning"
         how = f"resumes {where}" if self.resume else "starts over"
         if attempt.get("status") == "failed":
             return RunState("failed", f"{first_line(Exception(attempt.get('error')))}; {how}")
@@ -90,8 +91,11 @@ class RunOutput:
             return "at its last checkpoint"
 
     @contextlib.contextmanager
-    def attempt(self, run: Run, resume: bool) -> Iterator[None]:
-        """Record the status of the block next to the checkpoints, and delete both if it succeeds."""
+    def attempt(self, run: Run, resume: bool, parts: bool = False) -> Iterator[None]:
+        """Record the status of the block next to the checkpoints, and delete both if it succeeds.
+
+        `parts`: whether the block consists of multiple trainings, which are stored and resumed on their own.
+        """
         if not run.rank_zero:
             yield
             return
@@ -104,6 +108,7 @@ class RunOutput:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": now(),
+            **({"parts": True} if parts else {}),
         }
         self._write_attempt(status)
         try:
@@ -116,7 +121,8 @@ class RunOutput:
                 raise
             self._write_attempt(status | {"status": ended, "error": describe(interrupt or error)})
             if interrupt is not None:
-                log.info("%s stopped; to continue, rerun the command: %s", self.name, self.outlook)
+                outlook = f"it continues {PARTS}" if parts else self.outlook
+                log.info("%s stopped; to continue, rerun the command: %s", self.name, outlook)
             raise
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 

@@ -97,17 +97,25 @@ def search(
 
 
 def keep(
-    config: StageConfig, run: Run, output: RunOutput, chosen: str, trained: Sequence[str], found: dict[str, Any]
+    config: StageConfig,
+    run: Run,
+    output: RunOutput,
+    chosen: str,
+    trained: Sequence[str],
+    found: dict[str, Any],
+    metrics: dict[str, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
     """Save one of the trained artifacts under the name of the output with `found` in its result, remove all of them.
 
-    Returns the content of result.json.
+    Returns the content of result.json. `metrics` replace those on the validation examples that selected the epoch.
     """
     artifact = load(chosen, output.store)
     stored = artifact.manifest
+    measured = stored.content["metrics"] if metrics is None else metrics
     manifest = stored.changed(
         name=output.name,
-        result=stored.content["result"] | {"name": output.name, **found},
+        metrics=measured,
+        result=stored.content["result"] | {"name": output.name, "metrics": measured, **found},
         run=stored.content["run"]
         | {
             "identity": output.identity,

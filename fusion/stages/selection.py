@@ -14,6 +14,7 @@ from typing import Any
 
 from fusion.config.commands import EvaluateConfig
 from fusion.config.data import Fold
+from fusion.config.fields import require
 from fusion.config.stages import SelectConfig, Stage1Config
 from fusion.errors import TrainingError, UserError
 from fusion.runs.inputs import read_inputs
@@ -22,6 +23,7 @@ from fusion.runs.run import Run, RunState, record
 from fusion.stages.stage1 import check_stage1, run_stage1
 from fusion.stages.stage2 import check_stage2, run_stage2
 from fusion.store.lookup import names, read_manifest
+from fusion.text import listed
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,10 @@ def output_of(config: SelectConfig, run: Run) -> RunOutput:
 
 def check_selection(config: SelectConfig, run: Run) -> RunState:
     """Check the training of each method. Raises UserError as in the two stages."""
+    require(
+        config.name not in config.sources,
+        f"name={config.name}: is one of the sources, which it would replace; expected a different name",
+    )
     output = output_of(config, run)
     if output.stored is not None:
         return output.run_state
@@ -56,7 +62,7 @@ def run_selection(config: SelectConfig, run: Run) -> dict[str, Any]:
     output = output_of(config, run)
     if output.stored is not None:
         return output.result()
-    with output.attempt(run, config.resume):
+    with output.attempt(run, config.resume, parts=True):
         return _select(config, run, output)
 
 
@@ -90,7 +96,7 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
                 "method": name,
                 "score": main_score(selecting[0], config.task_list),
                 "metrics": reported[0],
-                "seconds": result["speed"]["seconds"],
+                "seconds": (result.get("search") or result["speed"])["seconds"],
                 "trainable": result["parameters"]["trainable"],
             }
         )
@@ -107,11 +113,15 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
         "examples": examples,
         "seconds": sum(one["seconds"] for one in found),
     }
-    cost = f"{selection['seconds']:.0f} s, {selection['seconds'] / best['seconds']:.1f} times as long as that one"
-    shown = best["method"], examples["selection"], len(found), cost
-    log.info("selected %s on %d validation examples; the %d trainings took %s", *shown)
-    trained = [str(one.name) for one in every.values()]
-    return keep(config, run, output, str(every[best["method"]].name), trained, {"selection": selection})
+    cost = (
+        f"{selection['seconds']:.0f} s, {selection['seconds'] / best['seconds']:.1f} times as long as {best['method']}"
+    )
+    log.info("selected %s on %d examples; training took %s", best["method"], examples["selection"], cost)
+    close = [one["method"] for one in found if one is not best and one["score"] == best["score"]]
+    if close:
+        log.info("%s has the same score; the first one in methods is selected", listed(close))
+    trained, chosen = [str(one.name) for one in every.values()], str(every[best["method"]].name)
+    return keep(config, run, output, chosen, trained, {"selection": selection}, best["metrics"])
 
 
 def _has_labelled_test(config: SelectConfig) -> bool:

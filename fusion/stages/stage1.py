@@ -23,7 +23,7 @@ def run_stage1(config: Stage1Config, run: Run) -> dict[str, Any]:
     output = output_of(config, run)
     if output.stored is not None:
         return output.result()
-    with output.attempt(run, config.resume):
+    with output.attempt(run, config.resume, parts=config.search):
         if config.search:
             from fusion.stages.search import search
 
