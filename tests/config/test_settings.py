@@ -21,7 +21,7 @@ from fusion.cli.messages import explain
 from fusion.config.commands import EvaluateConfig, InspectConfig, PredictConfig, RankConfig, ReportConfig
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
-from fusion.config.stages import Stage1Config, Stage2Config
+from fusion.config.stages import SelectConfig, Stage1Config, Stage2Config
 from fusion.config.task import TaskConfig
 from fusion.config.training import RATES, TrainerConfig
 from fusion.errors import UserError
@@ -30,6 +30,7 @@ from pipelines.benchmark.config import BenchmarkConfig
 SCHEMAS = {
     "stage1": Stage1Config,
     "stage2": Stage2Config,
+    "select": SelectConfig,
     "rank": RankConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
@@ -40,6 +41,7 @@ SCHEMAS = {
 NEEDED = {
     "stage1": ["+task=rte"],
     "stage2": ["+task=rte", "sources=[a,b]"],
+    "select": ["+task=rte", "sources=[a,b]"],
     "rank": ["+task=rte"],
     "evaluate": ["artifact=rte"],
     "predict": ["artifact=rte", "input=rows.jsonl", "output=out.jsonl"],
@@ -329,7 +331,7 @@ ALL_NUMBERS = {
 def test_every_number_has_an_enforced_and_documented_range(key: str) -> None:
     """Every value that is refused is outside the bounds of its message, every other one inside."""
     _, schema, field, kind = ALL_NUMBERS[key]
-    base: dict[str, Any] = {"sources": ["a"]} if schema is Stage2Config else {}
+    base: dict[str, Any] = {"sources": ["a"]} if issubclass(schema, Stage2Config) else {}
     base |= TOGETHER.get(key, {})
 
     def refusal(value: Any) -> str | None:
