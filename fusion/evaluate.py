@@ -80,17 +80,19 @@ def main(config: EvaluateConfig, run: Run) -> dict[str, Any]:
 
 def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     """Evaluate the artifact, write the predictions, and return the content of result.json."""
-    from fusion.analysis.evaluation import evaluate_artifact
+    from fusion.analysis.evaluation import evaluate_model
     from fusion.cli.console import rows_progress
+    from fusion.model.inference import load_model
     from fusion.training.predictions import write_predictions
 
-    found = evaluate_artifact(config, rows_progress)
+    loaded = load_model(config)
+    found = evaluate_model(loaded, config, rows_progress)
     for line in found.lines:
         say(line)
     write_predictions(run.directory, found.stored)
-    manifest, seconds = found.model.artifact.manifest, found.seconds
+    manifest, seconds = loaded.artifact.manifest, found.seconds
     return {
-        "artifact": str(found.model.artifact.path),
+        "artifact": str(loaded.artifact.path),
         "name": manifest.name,
         "hash": manifest.hash,
         "kind": manifest.kind,

@@ -150,11 +150,11 @@ def test_the_speed_of_a_resumed_run_includes_the_time_before(bench: Bench) -> No
             super().on_train_batch_start(trainer, *rest)
 
     kind = next(iter(KINDS))
+    began = time.monotonic()
     with pytest.raises(RuntimeError):
         train(bench, kind, "store", SlowCut("end", 1, 0))
-    began = time.monotonic()
     speed = train(bench, kind, "store")["speed"]
-    assert 3.0 < speed["seconds"] < 3.0 + time.monotonic() - began + 10.0
+    assert 3.0 < speed["seconds"] < time.monotonic() - began
     assert speed["examples_per_second"] * speed["seconds"] == pytest.approx(2 * 64)
 
 

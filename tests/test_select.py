@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fusion import evaluate, select
+from fusion.analysis.evaluation import Evaluation
 from fusion.cli.finished import end_of_run
 from fusion.config.commands import EvaluateConfig
 from fusion.config.data import Fold
@@ -149,11 +150,12 @@ def test_an_interrupted_selection_continues_and_failed_trainings_are_left_out(
 def test_a_different_kind_is_replaced_with_overwrite(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.stage1("films")
     scores = {"head": 1.0, "adapter": 0.0}
-    monkeypatch.setattr(
-        selecting,
-        "_metrics",
-        lambda config, name, *_: ({"test": {"accuracy": scores[name.rsplit("-", 1)[1]]}}, 8) if "-" in name else None,
-    )
+
+    def evaluated(config: SelectConfig, artifact: str, splits: Any) -> list[Evaluation]:
+        metrics = {"test": {"accuracy": scores[artifact.rsplit("-", 1)[1]]}}
+        return [Evaluation([], metrics, examples=8) for _ in splits]
+
+    monkeypatch.setattr(selecting, "_evaluate", evaluated)
     methods = ["head", "adapter", "adapterfusion"]
     scores["adapterfusion"] = 0.0
     assert selected(bench, methods=methods)["selection"]["chosen"] == "head"

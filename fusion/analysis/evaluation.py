@@ -14,7 +14,7 @@ from fusion.data.rows import load_splits
 from fusion.data.splits import evaluation_splits
 from fusion.errors import UserError
 from fusion.model.head_selection import select_heads
-from fusion.model.inference import LoadedModel, load_model, predict
+from fusion.model.inference import LoadedModel, predict
 from fusion.store.compatibility import as_trained
 from fusion.store.lookup import source_manifests
 from fusion.tasks.table import kind_of
@@ -28,7 +28,6 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None] | N
 class Evaluation:
     """Metrics and predictions by split, with examples, padded tokens and seconds of the forward passes."""
 
-    model: LoadedModel
     tasks: list[str]
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     stored: dict[str, dict[str, Any]] = field(default_factory=dict)  # for `write_predictions`
@@ -38,13 +37,15 @@ class Evaluation:
     seconds: float = 0.0
 
 
-def evaluate_artifact(config: EvaluateConfig, progress: Progress) -> Evaluation:
-    """Evaluate an artifact with each of the selected heads. Raises UserError if the data is missing or has no labels."""
-    loaded = load_model(config)
+def evaluate_model(loaded: LoadedModel, config: EvaluateConfig, progress: Progress) -> Evaluation:
+    """Evaluate the model of an artifact with each of the selected heads.
+
+    Raises UserError if the data is missing or has no labels.
+    """
     manifest, backbone = loaded.artifact.manifest, loaded.backbone
     heads = select_heads(manifest, config.task)
     trained = [manifest, *source_manifests(manifest, loaded.artifact.path.parent)]
-    found = Evaluation(loaded, [str(head.task.name) for head in heads])
+    found = Evaluation([str(head.task.name) for head in heads])
     data_of = {head.index: as_trained(manifest, config.data, head.task.name) for head in heads}
     splits = [
         (head, split) for head in heads for split in evaluation_splits(head.task, config.split, data_of[head.index])
@@ -60,10 +61,8 @@ def evaluate_artifact(config: EvaluateConfig, progress: Progress) -> Evaluation:
         with progress(f"{manifest.name} on {task.name} {split}", len(rows)) as advance:
             scored = predict(loaded.model, encoded, config.data, loaded.device, advance=advance)
         assert encoded.labels is not None
-        predictions, labels = (
-            kind.predict(kind.outputs(scored.scores), head.decision),
-            kind.plain_labels(encoded.labels),
-        )
+        predictions = kind.predict(kind.outputs(scored.scores), head.decision)
+        labels = kind.plain_labels(encoded.labels)
         key = split if len(heads) == 1 else f"{task.name}/{split}"
         metrics = kind.metrics(task, labels, predictions)
         by_row = RowPredictions(list(range(len(rows))), predictions, labels, kind.confidence(scored.scores))

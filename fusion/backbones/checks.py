@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fusion.backbones.families import Family
+from fusion.backbones.family import Family
 from fusion.backbones.files import FIX, FIX_TYPE
 from fusion.backbones.forward import last_hidden_states
 from fusion.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fusion.backbones.families import Family
+from fusion.backbones.family import Family
 
 
 def last_hidden_states(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fusion.backbones.families import Stack
+from fusion.backbones.family import Stack
 from fusion.backbones.slots import CurrentBatch, hidden_states, with_hidden_states
 from fusion.errors import UserError
 from fusion.layers.slot_module import BatchContext

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from fusion.backbones.attention import use_plain_backward
 from fusion.backbones.checks import check_complete, check_finite, check_runs, check_types, fit_tokenizer
-from fusion.backbones.families import Family, family_of
+from fusion.backbones.families import family_of
+from fusion.backbones.family import Family
 from fusion.backbones.files import CONFIG, FIX, check_config, check_files, locate, stamp
 from fusion.backbones.float32_products import multiply_in_float32
 from fusion.backbones.mapped_memory import page_out

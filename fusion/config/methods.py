@@ -14,7 +14,7 @@ from fusion.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fusion.backbones.families import Family
+    from fusion.backbones.family import Family
     from fusion.backbones.tuning import Tuning
 
 ADAPTER = "adapter"  # the kind of artifact that contains adapters

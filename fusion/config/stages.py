@@ -13,7 +13,7 @@ from fusion.config.fields import MAX_SEED, Settings, checked, choice, integer, n
 from fusion.config.methods import ADAPTER, METHODS, MethodConfig
 from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
-from fusion.config.training import RATES, LoggerConfig, LossConfig, OptimConfig, TrainerConfig
+from fusion.config.training import LoggerConfig, LossConfig, OptimConfig, TrainerConfig, default_rate
 from fusion.tasks.table import kind_of
 from fusion.text import override, repeated
 
@@ -97,7 +97,7 @@ class StageConfig(Settings):
         )
         require_max_length(self.data)
         if self.optim.lr is None:
-            self.optim.lr = {**RATES, **(self.backbone.rates or {})}[self.rate_key]
+            self.optim.lr = default_rate(self.rate_key, self.backbone.rates)
         if self.task is not None:
             self.loss.check([self.task])
             require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -18,6 +19,11 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 
 RATES = {"head": 5e-3, "adapter": 5e-4, "lora": 5e-4, "bitfit": 5e-4, "full": 5e-5, "fusion": 2e-4, "scales": 5e-3}
 """Default learning rates by what is trained; `rates` of a backbone replaces them."""
+
+
+def default_rate(trained: str, of_backbone: Mapping[str, float] | None) -> float:
+    """Return the default learning rate for what is trained, given `rates` of the backbone."""
+    return {**RATES, **(of_backbone or {})}[trained]
 
 
 @dataclass

@@ -112,12 +112,11 @@ def load_rows(task: TaskConfig, data: DataConfig, split: str) -> Rows:
         drawn = [drawn[row] for row in kept]
     if len(drawn) < len(rows):
         rows = rows.taken(drawn)
-    if role == "train" and data.leave_out is not None:
-        left_out = Fold.parse(data.leave_out)
-        rows = rows.taken(np.flatnonzero(folds_of(task, rows, left_out.folds) != left_out.fold).tolist())
-    if role == "validation" and data.validation_fold is not None:
-        only = Fold.parse(data.validation_fold)
-        rows = rows.taken(np.flatnonzero(folds_of(task, rows, only.folds) == only.fold).tolist())
+    asked = {"train": data.leave_out, "validation": data.validation_fold}.get(role or "")
+    if asked is not None:
+        fold, folds = Fold.parse(asked)
+        inside = folds_of(task, rows, folds) == fold
+        rows = rows.taken(np.flatnonzero(inside if role == "validation" else ~inside).tolist())
     return rows.with_fingerprint()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
-from fusion.config.training import RATES
+from fusion.config.training import default_rate
 from fusion.errors import UserError
 from fusion.files import read_json
 from fusion.reporting.reading import RunFolder
@@ -57,8 +57,8 @@ class Trained:
         config = self.run.config
         method, composition = (str((config.get(key) or {}).get("name")) for key in ("method", "composition"))
         known = COMPOSITIONS.get(composition) or METHODS.get(method)
-        rates = {**RATES, **((config.get("backbone") or {}).get("rates") or {})}
-        return known is not None and self.variant.get("optim.lr") == rates[known.rate]
+        rates = (config.get("backbone") or {}).get("rates")
+        return known is not None and self.variant.get("optim.lr") == default_rate(known.rate, rates)
 
     @property
     def attends(self) -> bool:

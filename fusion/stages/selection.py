@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusion.config.commands import EvaluateConfig
 from fusion.config.data import Fold
 from fusion.config.fields import require
-from fusion.config.stages import SelectConfig, Stage1Config
+from fusion.config.model import SameBackboneConfig
+from fusion.config.stages import SelectConfig, Stage1Config, Stage2Config
 from fusion.errors import TrainingError, UserError
 from fusion.runs.inputs import read_inputs
 from fusion.runs.output import RunOutput, find_output
@@ -25,7 +28,16 @@ from fusion.stages.stage2 import check_stage2, run_stage2
 from fusion.store.lookup import names, read_manifest
 from fusion.text import listed
 
+if TYPE_CHECKING:
+    from fusion.analysis.evaluation import Evaluation
+
 log = logging.getLogger(__name__)
+
+# The command, its check and its training, by settings.
+STAGES: dict[type, tuple[str, Callable[[Any, Run], RunState], Callable[[Any, Run], dict[str, Any]]]] = {
+    Stage1Config: ("stage1", check_stage1, run_stage1),
+    Stage2Config: ("stage2", check_stage2, run_stage2),
+}
 
 
 def output_of(config: SelectConfig, run: Run) -> RunOutput:
@@ -46,8 +58,8 @@ def check_selection(config: SelectConfig, run: Run) -> RunState:
         return output.run_state
     for name in config.candidates:
         one = config.candidate(name, 2)
-        own = replace(run, config=asdict(one))
-        check_stage1(one, own) if isinstance(one, Stage1Config) else check_stage2(one, own)
+        _, check, _ = STAGES[type(one)]
+        check(one, replace(run, config=asdict(one)))
     return output.run_state
 
 
@@ -76,31 +88,27 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
     found: list[dict[str, Any]] = []
     for number, (name, one) in enumerate(every.items(), 1):
         log.info("method %d/%d: %s", number, len(every), name)
-        stage = "stage1" if isinstance(one, Stage1Config) else "stage2"
-        own = replace(run, command=stage, directory=run.directory / "methods" / name, config=asdict(one))
-
-        def work(one: Any = one, own: Run = own) -> dict[str, Any]:
-            return run_stage1(one, own) if isinstance(one, Stage1Config) else run_stage2(one, own)
-
+        command, _, train = STAGES[type(one)]
+        own = replace(run, command=command, directory=run.directory / "methods" / name, config=asdict(one))
         try:
-            result = record(own, work)
+            result = record(own, partial(train, one, own))
         except TrainingError as error:
             log.warning("%s: %s", one.name, error)
             continue
         if not run.rank_zero or "artifact" not in result:
             continue
-        selecting = _metrics(config, str(one.name), "validation", str(Fold(1, folds)))
-        reported = _metrics(config, str(one.name), *(("test",) if tested else ("validation", str(Fold(2, folds)))))
+        held_out = ("test", None) if tested else ("validation", Fold(2, folds))
+        selecting, reported = _evaluate(config, str(one.name), [("validation", Fold(1, folds)), held_out])
         found.append(
             {
                 "method": name,
-                "score": main_score(selecting[0], config.task_list),
-                "metrics": reported[0],
+                "score": main_score(selecting.metrics, config.task_list),
+                "metrics": reported.metrics,
                 "seconds": (result.get("search") or result["speed"])["seconds"],
                 "trainable": result["parameters"]["trainable"],
             }
         )
-        examples = {"selection": selecting[1], "report": reported[1]}
+        examples = {"selection": selecting.examples, "report": reported.examples}
     if not run.rank_zero:
         return {}
     if not found:
@@ -134,16 +142,18 @@ def _has_labelled_test(config: SelectConfig) -> bool:
         return False
 
 
-def _metrics(
-    config: SelectConfig, artifact: str, split: str, fold: str | None = None
-) -> tuple[dict[str, dict[str, float]], int]:
-    """Return the metrics by split, and the number of examples."""
-    from fusion.analysis.evaluation import evaluate_artifact
+def _evaluate(config: SelectConfig, artifact: str, splits: Sequence[tuple[str, Fold | None]]) -> list[Evaluation]:
+    """Evaluate an artifact on each split, or on one fold of it."""
+    from fusion.analysis.evaluation import evaluate_model
+    from fusion.model.inference import load_model
 
-    data = replace(config.data, validation_fold=fold)
-    use = EvaluateConfig(artifact, config.store, data, task=config.task, split=split)
-    use.backbone.trust_remote_code = config.backbone.trust_remote_code
-    found = evaluate_artifact(use, lambda *_: contextlib.nullcontext())
-    for line in found.lines:
-        log.info("%s", line)
-    return found.metrics, found.examples
+    trust_remote_code, accept_licence = config.backbone.trust_remote_code, config.backbone.accept_licence
+    backbone = SameBackboneConfig(trust_remote_code=trust_remote_code, accept_licence=accept_licence)
+    use = EvaluateConfig(artifact, config.store, config.data, backbone, config.trainer.accelerator, task=config.task)
+    loaded, found = load_model(use), []
+    for split, fold in splits:
+        data = replace(config.data, validation_fold=None if fold is None else str(fold))
+        found.append(evaluate_model(loaded, replace(use, split=split, data=data), lambda *_: contextlib.nullcontext()))
+        for line in found[-1].lines:
+            log.info("%s", line)
+    return found

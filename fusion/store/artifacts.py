@@ -19,7 +19,8 @@ from fusion.errors import UserError, first_line
 from fusion.store import lookup
 from fusion.store.compatibility import note_ambiguous_labels
 from fusion.store.layout import FIX, HEAD, MANIFEST, NEW, OLD, REPLACED, STAGING, WEIGHTS, check_name, read_regular
-from fusion.store.manifest import File, Manifest
+from fusion.store.manifest import Manifest
+from fusion.store.manifest_parts import File
 from fusion.store.writing import LOCK_SECONDS, archive, check_free, recover, sync_folder, writing
 from fusion.text import listed, printable, shortened
 

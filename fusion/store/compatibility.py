@@ -15,7 +15,8 @@ from fusion.errors import UserError
 from fusion.text import hydra_value, repeated, shortened
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Backbone, Manifest
+    from fusion.store.manifest import Manifest
+    from fusion.store.manifest_parts import Backbone
 
 log = logging.getLogger(__name__)
 

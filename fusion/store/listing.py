@@ -22,7 +22,8 @@ from fusion.store.writing import artifact_lock
 from fusion.text import key_of, override, printable
 
 if TYPE_CHECKING:
-    from fusion.store.manifest import Manifest, Source
+    from fusion.store.manifest import Manifest
+    from fusion.store.manifest_parts import Source
 
 TITLES = ("name", "kind", "task", "backbone", "what", "seed", "score", "size", "when", "used by")
 
@@ -117,8 +118,9 @@ def what_it_is(manifest: Manifest) -> str:
     if manifest.adapter is not None:
         return f"{'+'.join(manifest.adapter.settings.sites)}/{manifest.adapter.settings.reads}"
     if manifest.lora is not None:
-        ranks = sorted(set(manifest.bottleneck_sizes.values()))
-        return f"{'+'.join(manifest.sites)}/rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}"
+        ranks = manifest.bottleneck_sizes.values()
+        least, most = min(ranks), max(ranks)
+        return f"{'+'.join(manifest.sites)}/rank {least if least == most else f'{least} to {most}'}"
     return "-"
 
 

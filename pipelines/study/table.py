@@ -60,10 +60,10 @@ def scores_of(results: Results, config: StudyConfig, rows: int, method: str) -> 
     return found
 
 
-def comparisons(results: Results, config: StudyConfig, rows: int, against: str = BASELINE) -> list[Comparison]:
-    """Compare each method with a baseline, paired by seed. Methods and targets without results are omitted."""
+def comparisons(results: Results, config: StudyConfig, rows: int) -> list[Comparison]:
+    """Compare each method with the baseline, paired by seed. Methods and targets without results are omitted."""
     found = []
-    base = scores_of(results, config, rows, against)
+    base = scores_of(results, config, rows, BASELINE)
     for method in config.compared:
         each = []
         for target, by_seed in scores_of(results, config, rows, method).items():

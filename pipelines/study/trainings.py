@@ -89,7 +89,7 @@ class Study:
                 self._each(what, config.targets, self.train, rows, method, others, [rate])
 
     def _each(self, what: str, tasks: Sequence[str], work: Callable[..., None], *settings: Any) -> None:
-        """Call `work` with each task (and the settings) that no other process works on, then with the others when they are free."""
+        """Call `work` with each task and the settings; tasks that another process works on come last."""
         busy: list[str] = []
         for wait, remaining in ((0.0, tasks), (-1.0, busy)):
             for task in remaining:
