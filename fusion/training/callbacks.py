@@ -40,12 +40,14 @@ class Best(Callback):
 
     Its decisions depend only on the metrics so far, so a resumed run makes the same decisions, unlike with Lightning's
     EarlyStopping and ModelCheckpoint. Only rank 0 keeps the weights, on the CPU. `monitor` is the metric that selects
-    the best epoch: higher is better, and the earliest epoch wins ties. With `patience=None`, it never stops early;
-    otherwise after `patience` evaluations without a better one, not counting those in the first `min_epochs` epochs.
+    the best epoch: higher is better, and the earliest epoch wins ties. Evaluations before `min_epochs` epochs are not
+    compared: with few validation examples, the highest of many noisy scores is a worse choice than the weights at the
+    end of the schedule. With `patience=None`, it never stops early; otherwise after `patience` evaluations without a
+    better one, not counting those in the first `min_epochs` epochs.
     """
 
     def __init__(self, monitor: str, patience: int | None) -> None:
-        self._monitor = monitor
+        self.monitor = monitor
         self._patience = patience
         self.min_epochs = 0.0
         self.weights: dict[str, torch.Tensor] | None = None
@@ -58,15 +60,19 @@ class Best(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if (scores := pl_module.scores_of(trainer.current_epoch + 1)) is None:
             return
-        if trainer.is_global_zero and best_epoch(pl_module.history, self._monitor) is scores:
+        if trainer.is_global_zero and self.epoch(pl_module.history) is scores:
             trained = pl_module.model.trainable()
             self.weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
             self.predicted, self.decisions = pl_module.predicted, pl_module.decisions
         self._stop_early(trainer, pl_module)
 
+    def epoch(self, history: Sequence[dict[str, float]]) -> dict[str, float]:
+        """Return the best epoch of `history`, or an empty dict if no epoch was evaluated."""
+        return best_epoch(history, self.monitor, self.min_epochs)
+
     def _stop_early(self, trainer: Trainer, pl_module: Any) -> None:
-        history, monitor, patience = pl_module.history, self._monitor, self._patience
-        best = best_epoch(history, monitor)
+        history, monitor, patience = pl_module.history, self.monitor, self._patience
+        best = self.epoch(history)
         if patience is None or not history:
             return
         later = [one for one in history if one["epoch"] > max(best["epoch"], self.min_epochs)]
@@ -86,16 +92,20 @@ class Best(Callback):
         self.predicted = {split: RowPredictions(*parts) for split, parts in checkpoint["predicted"].items()}
 
 
-def best_epoch(history: Sequence[dict[str, float]], monitor: str) -> dict[str, float]:
-    """Return the earliest epoch with the highest metric value, or an empty dict if no epoch was evaluated."""
-    return max(history, key=lambda epoch: epoch[monitor], default={})
+def best_epoch(history: Sequence[dict[str, float]], monitor: str, min_epochs: float = 0.0) -> dict[str, float]:
+    """Return the earliest epoch with the highest metric value, or an empty dict if no epoch was evaluated.
+
+    Epochs before `min_epochs` count only if there are no later ones, as in a run that ended early.
+    """
+    late = [epoch for epoch in history if epoch["epoch"] >= min_epochs]
+    return max(late or history, key=lambda epoch: epoch[monitor], default={})
 
 
 class EpochLine(Callback):
-    """Callback that logs number, mean loss, metrics and seconds of each epoch. See `Best` for `monitor`."""
+    """Callback that logs number, mean loss, metrics and seconds of each epoch, and whether it is the best so far."""
 
-    def __init__(self, monitor: str) -> None:
-        self._monitor = monitor
+    def __init__(self, best: Best) -> None:
+        self._best = best
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._started = time.monotonic()
@@ -109,7 +119,7 @@ class EpochLine(Callback):
         if not trainer.is_global_zero or (every > 1 and not scores):  # short epochs without an evaluation
             return
         shown = "".join(f"{name} {value:.4f}  " for name, value in scores.items() if name != "epoch")
-        best = bool(scores) and best_epoch(pl_module.history, self._monitor) is scores
+        best = bool(scores) and self._best.epoch(pl_module.history) is scores
         done, batches = internals.batches_done(trainer), trainer.num_training_batches
         log.info(
             "epoch %d/%s%s  loss %.4f  %s%s%.1f s",
@@ -124,18 +134,18 @@ class EpochLine(Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Progress bar that also shows the metric of the last and of the best epoch. See `Best` for `monitor`."""
+    """Progress bar that also shows the metric of the last and of the best epoch."""
 
-    def __init__(self, monitor: str) -> None:
+    def __init__(self, best: Best) -> None:
         super().__init__(refresh_rate=10)
-        self._monitor = monitor
+        self._best = best
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:
-        scores = [epoch[self._monitor] for epoch in pl_module.history]
-        if not scores:
+        history, monitor = pl_module.history, self._best.monitor
+        if not history:
             return {}
-        metric = self._monitor.rpartition("/")[2]
-        return {metric: f"{scores[-1]:.4f}", "best": f"{max(scores):.4f}"}
+        best = self._best.epoch(history)[monitor]
+        return {monitor.rpartition("/")[2]: f"{history[-1][monitor]:.4f}", "best": f"{best:.4f}"}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from fusion.store.artifacts import copy_into
 from fusion.tasks.kind import Decision
 from fusion.text import shows_progress
 from fusion.training import lightning_internals as internals
-from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, Speed, best_epoch
+from fusion.training.callbacks import Best, EpochLine, OutOfMemory, ProgressBar, Speed
 from fusion.training.checkpoints import LAST, Checkpoints, Interrupts, Loaded, check_tokenizer, read_checkpoint
 from fusion.training.expected_warnings import ignore_expected_warnings
 from fusion.training.frozen_weights import FrozenWeights
@@ -83,8 +83,8 @@ class FitSpec:
 def fit(spec: FitSpec) -> Fit:
     """Train until the last epoch or early stopping, and load the best epoch's weights into the model.
 
-    The best epoch is selected by the first metric on the first validation split, averaged over tasks. A model without
-    trainable parameters is only validated.
+    The best epoch is selected by the first metric on the first validation split, averaged over tasks, among
+    those from `optim.min_steps` on. A model without trainable parameters is only validated.
 
     Raises:
         GuardError: if a parameter that is not declared trainable would be trained or has changed.
@@ -105,10 +105,10 @@ def fit(spec: FitSpec) -> Fit:
     last = read_checkpoint(checkpoints) if config.resume and model.trainable() else None
     if last is not None:
         check_tokenizer(last, spec.tokenizer)
-    bar = [ProgressBar(monitor)] if settings.enable_progress_bar and shows_progress() else []
+    bar = [ProgressBar(best)] if settings.enable_progress_bar and shows_progress() else []
     last_callback = Checkpoints(folder, config.checkpoint_minutes, interrupts, spec.tokenizer)
     # The guard comes first, so that no callback saves weights that fail its checks; checkpoints come last.
-    first = [Guard(model, checkpoints), FrozenWeights(model, settings.shards), memory, best, EpochLine(monitor), speed]
+    first = [Guard(model, checkpoints), FrozenWeights(model, settings.shards), memory, best, EpochLine(best), speed]
     callbacks = [*first, *spec.callbacks, FirstOfEpoch(), *bar, last_callback]
     trainer = make_trainer(settings, callbacks, list(spec.loggers), last)
     device = trainer.strategy.root_device
@@ -150,7 +150,7 @@ def fit(spec: FitSpec) -> Fit:
     measured = speed.result(trainer.world_size)
     figures = module.epoch_loss.figures()
     diverged = divergence(figures, rows.training, tasks)
-    scores = best_epoch(module.history, monitor)
+    scores = best.epoch(module.history)
     if trainer.is_global_zero:
         if speed.expected is not None or settings.shards:
             log.info("peak memory %s", in_bytes(int(measured["peak_memory_bytes"] or 0)))

@@ -36,7 +36,7 @@ from fusion.model.adapted import AdaptedModel
 from fusion.runs.memory import keep_freed_memory
 from fusion.runs.run import Run
 from fusion.tracking.loggers import build_loggers
-from fusion.training.callbacks import ProgressBar
+from fusion.training.callbacks import Best, ProgressBar
 from fusion.training.fit import make_trainer
 from fusion.training.module import Objective, TaskModule, adamw
 from pipelines.benchmark import cases
@@ -235,7 +235,7 @@ def in_lightning(model: OurModel, setup: Setup, warmup: int, steps: int) -> floa
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys.stdout, "isatty", return_value=True):
         run = Run("benchmark", Path(folder), (), {}, "benchmark")
         loggers = build_loggers(LoggerConfig(csv=CsvConfig()), run, name="loop", tags=[])
-        make_trainer(settings, [watch, ProgressBar("validation/accuracy")], loggers).fit(module, loader)
+        make_trainer(settings, [watch, ProgressBar(Best("validation/accuracy", None))], loggers).fit(module, loader)
     return (started[-1] - started[warmup]) / steps
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fusion.config.data import LimitConfig
 from fusion.config.training import OptimConfig, TrainerConfig
-from fusion.training.callbacks import Best
+from fusion.training.callbacks import Best, best_epoch
 from fusion.training.fit import planned_epochs
 from tests.bench import Bench
 
@@ -45,6 +45,23 @@ def test_planned_epochs(
     assert planned_epochs(OptimConfig(**optim), TrainerConfig(**trainer), batches) == expected
 
 
+@pytest.mark.parametrize(
+    ("scores", "min_epochs", "expected"),
+    [
+        ([0.9, 0.5, 0.6, 0.6], 0.0, 2),
+        ([0.9, 0.5, 0.6, 0.6], 4.0, 2 + 4),  # an evaluation at exactly the minimum counts, and the earliest one wins
+        ([0.9, 0.5, 0.6, 0.6], 6.5, 8),
+        ([0.9, 0.5, 0.7], 7.0, 2),  # a run that ended before the minimum
+        ([], 7.0, None),
+    ],
+)
+def test_the_best_epoch_is_selected_from_the_minimum_on(
+    scores: list[float], min_epochs: float, expected: int | None
+) -> None:
+    history = [{"epoch": 2 * n, "accuracy": score} for n, score in enumerate(scores, 1)]
+    assert best_epoch(history, "accuracy", min_epochs).get("epoch") == expected
+
+
 def stopped_in(scores: list[float], every: int, min_epochs: float, patience: int = 2) -> int | None:
     """The epoch after which training stops, given the scores of the evaluated epochs."""
     best = Best("accuracy", patience)
@@ -61,9 +78,9 @@ def stopped_in(scores: list[float], every: int, min_epochs: float, patience: int
 def test_patience_counts_evaluations_after_the_minimum() -> None:
     falling = [0.9, *[0.5] * 9]
     assert stopped_in(falling, 1, 0) == 3
-    assert stopped_in(falling, 1, 5.0) == 7
-    assert stopped_in(falling, 1, 5.5) == 7
-    assert stopped_in(falling, 2, 5.0) == 8
+    assert stopped_in(falling, 1, 5.0) == 7  # the fifth epoch is the best of those from the fifth on
+    assert stopped_in(falling, 1, 5.5) == 8
+    assert stopped_in(falling, 2, 5.0) == 10
     assert stopped_in([0.5, 0.5, 0.9, 0.5, 0.5, 0.5], 1, 2.0) == 5
     assert stopped_in(falling, 1, 9.0) is None
 
@@ -77,10 +94,11 @@ def test_few_examples_are_trained_for_the_minimum_number_of_steps(
     }
     with caplog.at_level(logging.INFO):
         result = bench.stage1("films", optim=OptimConfig(lr=5e-3, epochs=4, min_steps=30), **settings)
-    assert (result["epochs"], result["best_epoch"] % 2) == (16, 0)
+    assert (result["epochs"], result["best_epoch"]) == (16, 16)  # the only evaluation from 15 epochs = 30 steps on
     assert "16 epochs of 2 batches, for optim.min_steps=30; evaluated every 2 epochs" in caplog.text
     lines = [message for message in caplog.messages if message.startswith("epoch ")]
     assert [line.partition("  ")[0] for line in lines] == [f"epoch {n}/16" for n in range(2, 17, 2)]
+    assert "(best)" in lines[0] and "(best)" in lines[-1]
     exact = TrainerConfig(accelerator="cpu", enable_progress_bar=False, max_epochs=3)
     again = bench.stage1("films", name="exact", optim=OptimConfig(min_steps=30), **settings | {"trainer": exact})
     assert again["epochs"] == 3
