@@ -20,9 +20,13 @@ from tests.bench import Bench, same
 RATES = [1e-9, 2e-2]
 
 
+def grid(rates: list[float]) -> dict[str, Any]:
+    return {"search": True, "search_rates": rates, "optim": OptimConfig(patience=None)}
+
+
 def test_the_best_rate_and_seed_are_kept(bench: Bench) -> None:
     store = bench.folder / "store"
-    result = bench.stage1("films", search=True, search_rates=RATES, search_seeds=2)
+    result = bench.stage1("films", **grid(RATES), search_seeds=2)
     found = result["search"]
     assert set(found) == {"rates", "chosen", "trainings", "seconds"} and found["trainings"] == 4
     assert [(one["lr"], one["seeds"]) for one in found["rates"]] == [(1e-9, [42, 43]), (2e-2, [42, 43])]
@@ -35,7 +39,7 @@ def test_the_best_rate_and_seed_are_kept(bench: Bench) -> None:
     manifest = read_manifest("films", store)
     assert manifest.seed == found["chosen"]["seed"] and manifest.run.config["search"] is True
     assert manifest.content["result"]["search"] == found
-    again = bench.stage1("films", search=True, search_rates=RATES, search_seeds=2)
+    again = bench.stage1("films", **grid(RATES), search_seeds=2)
     assert again == result
     alone = bench.stage1("films", name="alone", optim=OptimConfig(lr=2e-2, patience=None), seed=manifest.seed)
     assert same(bench.weights("alone"), bench.weights("films")) and alone["metrics"] == result["metrics"]
@@ -43,7 +47,7 @@ def test_the_best_rate_and_seed_are_kept(bench: Bench) -> None:
     assert evaluated["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
     with pytest.raises(UserError, match="the store already contains a different films"):
         bench.stage1("films")
-    fused = bench.stage2("plays", ["films"], search=True, search_rates=[1e-3, 1e-2])
+    fused = bench.stage2("plays", ["films"], **grid([1e-3, 1e-2]))
     assert fused["search"]["trainings"] == 2 and fused["sources"] == ["films"]
     assert read_manifest("plays-adapterfusion", store).sources[0].hash == manifest.hash
 
@@ -68,11 +72,11 @@ def test_an_interrupted_search_continues(bench: Bench, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(searching, "record", spy)
     with pytest.raises(KeyboardInterrupt):
-        bench.stage1("films", search=True, search_rates=RATES)
+        bench.stage1("films", **grid(RATES))
     assert names(bench.folder / "store") == ["films-lr-1e-09-seed-42"]
     monkeypatch.setattr(searching, "candidates_of", candidates)
     before = bench.weights("films-lr-1e-09-seed-42")
-    bench.stage1("films", search=True, search_rates=RATES)
+    bench.stage1("films", **grid(RATES))
     assert trained == ["films-lr-1e-09-seed-42", "films-lr-1e-09-seed-42", "films-lr-0.02-seed-42"]
     assert before and names(bench.folder / "store") == ["films"]
 
@@ -93,6 +97,8 @@ def test_the_default_grid_and_invalid_settings(bench: Bench) -> None:
     for wrong in ([], [0], [1e-3, 1e-3], "1e-3", [True]):
         with pytest.raises(UserError, match=r"search_rates=.*: expected distinct numbers > 0"):
             Stage1Config(**settings, search=True, search_rates=wrong)
+    with pytest.raises(UserError, match=r"optim.lr=0.005: search_rates are the learning rates; leave one of them out"):
+        Stage1Config(**settings, search=True, search_rates=[1e-3])
     with pytest.raises(UserError, match="search_rates and search_seeds: have no effect without search=true"):
         Stage1Config(**settings, search_seeds=2)
     assert MAX_SEED > 42
@@ -107,7 +113,7 @@ def test_the_main_score_is_the_mean_over_tasks() -> None:
 
 
 def test_runs_of_the_search_have_folders(bench: Bench) -> None:
-    bench.stage1("films", search=True, search_rates=RATES)
+    bench.stage1("films", **grid(RATES))
     folders = sorted((bench.folder / "runs" / str(bench.runs) / "search").iterdir())
     assert [folder.name for folder in folders] == ["films-lr-0.02-seed-42", "films-lr-1e-09-seed-42"]
     assert all(json.loads((folder / "status.json").read_text())["status"] == "done" for folder in folders)

@@ -16,10 +16,13 @@ from fusion.config.data import Fold
 from fusion.config.stages import SelectConfig
 from fusion.data.rows import load_rows
 from fusion.errors import TrainingError, UserError
+from fusion.reporting.reading import RunFolder
+from fusion.reporting.scores import all_scores
 from fusion.runs.run import Run
 from fusion.stages import search as searching
 from fusion.stages import selection as selecting
 from fusion.stages.selection import check_selection
+from fusion.store.listing import rebuild_lines
 from fusion.store.lookup import names, read_manifest
 from tests.bench import Bench, same
 
@@ -42,7 +45,7 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
     check_selection(config, run)
     result = select.main.__wrapped__(config, run)  # type: ignore[attr-defined]
     found = result["selection"]
-    assert set(found) == {"chosen", "methods", "metric", "examples", "seconds"}
+    assert set(found) == {"chosen", "methods", "metric", "examples", "seconds", "runner_up"}
     assert [one["method"] for one in found["methods"]] == ["head", "adapter", "adapterfusion"]
     assert all(set(one) == {"method", "score", "metrics", "seconds", "trainable"} for one in found["methods"])
     # The test split has labels, so its examples are reported, and the 16 validation examples are two folds.
@@ -50,6 +53,10 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
     assert all(set(one["metrics"]) == {"test"} for one in found["methods"])
     scores = {one["method"]: one["score"] for one in found["methods"]}
     assert found["chosen"] == max(scores, key=lambda name: scores[name])
+    second = found["runner_up"]
+    assert scores[second["method"]] == max(score for name, score in scores.items() if name != found["chosen"])
+    assert second["difference"] == pytest.approx(scores[found["chosen"]] - scores[second["method"]])
+    assert second["interval"][0] <= second["difference"] <= second["interval"][1]
     assert found["seconds"] == pytest.approx(sum(one["seconds"] for one in found["methods"]))
 
     store = bench.folder / "store"
@@ -63,6 +70,14 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
     used = EvaluateConfig("plays-selected", str(store), dataclasses.replace(config.data, validation_fold="1/2"))
     again = evaluate.main.__wrapped__(used, bench.run("evaluate", used))  # type: ignore[attr-defined]
     assert again["metrics"]["validation"]["accuracy"] == pytest.approx(chosen["score"]) and again["rows"] == 8
+
+    finished = [RunFolder(run.directory, "select", (), "2026", False, run.config, result)]
+    (reported,) = all_scores(finished)
+    titles = {"head": "head", "adapter": "single adapter", "adapterfusion": "fusion of films"}
+    assert reported.method == f"{titles[found['chosen']]}, selected" and reported.split == "test"
+    assert reported.trained is not None and reported.trained.has_default_rate
+    (command,) = rebuild_lines(read_manifest("plays-selected", store), store, store)[-1:]
+    assert command == "# plays-selected was not created by a command"
 
     capsys.readouterr()
     end_of_run(run, result)
@@ -169,7 +184,11 @@ def test_a_different_kind_is_replaced_with_overwrite(bench: Bench, monkeypatch: 
     ("changes", "message"),
     [
         ({"methods": ["adapter"]}, "methods=[adapter]: expected at least two distinct of adapter, head"),
-        ({"methods": ["adapter", "pruned"]}, "methods=[adapter,pruned]: expected at least two"),
+        (
+            {"methods": ["adapter", "pruned"]},
+            "methods=[adapter,pruned]: unknown method pruned; expected some of adapter, head",
+        ),
+        ({"methods": ["adaptr", "adapterfusion"]}, "unknown method adaptr: did you mean adapter"),
         ({"methods": ["head", "adapter"]}, "methods=[head,adapter]: composition=adapterfusion is not among them; add"),
         ({"search": True, "search_rates": [1e-3]}, "search_rates: the methods have different learning rates"),
         ({"sources": []}, "sources is empty"),

@@ -15,7 +15,7 @@ from fusion.config.model import AdapterConfig, BackboneConfig, HeadConfig
 from fusion.config.task import TaskConfig
 from fusion.config.training import LoggerConfig, LossConfig, OptimConfig, TrainerConfig, default_rate
 from fusion.tasks.table import kind_of
-from fusion.text import override, repeated
+from fusion.text import did_you_mean, override, repeated
 
 SELECTABLE = (  # by fusion.select
     *(name for name, one in METHODS.items() if not one.multitask),
@@ -96,8 +96,13 @@ class StageConfig(Settings):
             "process has all weights; expected backbone.cache=off",
         )
         require_max_length(self.data)
+        rate = default_rate(self.rate_key, self.backbone.rates)
+        require(
+            self.search_rates is None or self.optim.lr in (None, rate),
+            f"optim.lr={self.optim.lr}: search_rates are the learning rates; leave one of them out",
+        )
         if self.optim.lr is None:
-            self.optim.lr = default_rate(self.rate_key, self.backbone.rates)
+            self.optim.lr = rate
         if self.task is not None:
             self.loss.check([self.task])
             require(
@@ -247,11 +252,17 @@ class SelectConfig(Stage2Config):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     methods: Optional[list[str]] = checked(
         None,
-        lambda names: names is None or (2 <= len(names) == len(set(names)) and set(names) <= set(SELECTABLE)),
+        lambda names: names is None or 2 <= len(names) == len(set(names)),
         f"at least two distinct of {', '.join(SELECTABLE)}, or null for head, adapter and the composition",
     )
 
     def __post_init__(self) -> None:
+        for name in self.methods or ():
+            require(
+                name in SELECTABLE,
+                f"{override('methods', self.methods)}: unknown method {name}"
+                + (did_you_mean(name, SELECTABLE) or f"; expected some of {', '.join(SELECTABLE)}"),
+            )
         rate, dropout = self.optim.lr, self.backbone.dropout
         require(
             rate is None and self.search_rates is None,

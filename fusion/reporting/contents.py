@@ -112,7 +112,9 @@ class Contents:
             for method, own in errors.items():
                 if len(own.classes.names) <= MOST_CLASSES:
                     title, setting = f"{target.label}, {method}", target.groups[method].setting
-                    figure = figures.confusion_figure(own.confusion, own.classes.names, title)
+                    figure = figures.confusion_figure(
+                        own.confusion, own.classes.names, own.classes.count.tolist(), title
+                    )
                     settings = [setting] if setting else []
                     add("confusion", target.label, method, title=title, figure=figure, settings=settings)
             if bins := {method: own.bins for method, own in errors.items() if own.bins}:

@@ -163,9 +163,10 @@ def attention_figure(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def confusion_figure(confusion: Floats, names: Sequence[str], title: str) -> Figure:
-    """Plot a confusion matrix, (C, C)."""
-    figure = heatmap_figure(confusion, names, names, "label", "")
+def confusion_figure(confusion: Floats, names: Sequence[str], examples: Sequence[int], title: str) -> Figure:
+    """Plot a confusion matrix, (C, C): the fractions of the examples of each class (row)."""
+    labels = [f"{name} ({count:,})" for name, count in zip(names, examples, strict=True)]
+    figure = heatmap_figure(confusion, labels, names, "label (examples)", "")
     (axes,) = figure.axes
     axes.set_xlabel("prediction")
     axes.set_title(textwrap.fill(title, int(8 * figure.get_figwidth())))

@@ -56,6 +56,8 @@ class Trained:
         """Whether the learning rate is the default of the backbone and the method or composition."""
         config = self.run.config
         method, composition = (str((config.get(key) or {}).get("name")) for key in ("method", "composition"))
+        if "selection" in self.run.result:
+            return True  # those of its methods, or a search
         known = COMPOSITIONS.get(composition) or METHODS.get(method)
         rates = (config.get("backbone") or {}).get("rates")
         return known is not None and self.variant.get("optim.lr") == default_rate(known.rate, rates)
@@ -155,7 +157,8 @@ def _metrics_of(run: RunFolder, default_task: str) -> Iterable[tuple[str, str, d
 def trained_runs(runs: Iterable[RunFolder]) -> list[Trained]:
     """Return the last training run of each artifact. Skipped runs (already done) are replaced by the original run."""
     trainings = [
-        (artifact_path(run), identity_config(run.config), run) for run in _with_artifact(runs, "stage1", "stage2")
+        (artifact_path(run), identity_config(run.config), run)
+        for run in _with_artifact(runs, "stage1", "stage2", "select")
     ]
     lookup = Lookup({artifact: flat for artifact, flat, _ in trainings})
     made: dict[tuple[str, str], Trained] = {}
@@ -193,18 +196,22 @@ def read_artifact(path: str) -> Manifest | None:
 
 def _method(config: Mapping[str, Any], result: Mapping[str, Any], settings: Settings) -> str:
     """Return the title of the method in tables. Runs of different versions may use different names."""
-    composition = config.get("composition")
+    composition, selection = config.get("composition"), result.get("selection")
     name = str((composition or config.get("method") or {}).get("name"))
+    if selection is not None and selection["chosen"] != name:
+        name = str(selection["chosen"])
+        composition = {} if name in COMPOSITIONS else None
+    selected = "" if selection is None else ", selected"
     known = METHODS.get(name) if composition is None else COMPOSITIONS.get(name)
     title = (known.title if known is not None else "") or name
     if composition is None:
-        return title
+        return title + selected
     sources: list[Any] = list(settings.get("sources") or result.get("sources") or ())
     of = str(len(sources))
     if len(sources) == 1:
         one = sources[0]
         of = str((one.get("artifact") or one.get("task.name") or "one") if isinstance(one, Mapping) else one)
-    return f"{title} of {of}{' + own adapter' if composition.get('target_adapter') else ''}"
+    return f"{title} of {of}{' + own adapter' if composition.get('target_adapter') else ''}{selected}"
 
 
 def artifact_path(run: RunFolder) -> str:

@@ -79,6 +79,7 @@ def run_selection(config: SelectConfig, run: Run) -> dict[str, Any]:
 
 
 def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]:
+    from fusion.reporting.statistics import Predictions, Sample, compare
     from fusion.stages.search import keep
     from fusion.training.predictions import main_metrics, main_score
 
@@ -86,6 +87,7 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
     folds = 2 if tested else 3
     every = {name: config.candidate(name, folds) for name in config.candidates}
     found: list[dict[str, Any]] = []
+    samples: dict[str, list[Sample]] = {}
     for number, (name, one) in enumerate(every.items(), 1):
         log.info("method %d/%d: %s", number, len(every), name)
         command, _, train = STAGES[type(one)]
@@ -99,10 +101,12 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
             continue
         held_out = ("test", None) if tested else ("validation", Fold(2, folds))
         selecting, reported = _evaluate(config, str(one.name), [("validation", Fold(1, folds)), held_out])
+        selected_by = main_score(selecting.metrics, config.task_list)
+        samples[name] = [Sample(0, selected_by, Predictions.of(next(iter(selecting.stored.values()), None)))]
         found.append(
             {
                 "method": name,
-                "score": main_score(selecting.metrics, config.task_list),
+                "score": selected_by,
                 "metrics": reported.metrics,
                 "seconds": (result.get("search") or result["speed"])["seconds"],
                 "trainable": result["parameters"]["trainable"],
@@ -113,8 +117,8 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
         return {}
     if not found:
         raise TrainingError(f"none of the {len(every)} trainings succeeded")
-    best = max(found, key=lambda one: one["score"])  # the first of equal ones
-    selection = {
+    best, *others = sorted(found, key=lambda one: -one["score"])  # the first of equal ones
+    selection: dict[str, Any] = {
         "chosen": best["method"],
         "methods": found,
         "metric": main_metrics({split: config.task_list[0] for split in best["metrics"]})[0].rpartition("/")[2],
@@ -125,7 +129,15 @@ def _select(config: SelectConfig, run: Run, output: RunOutput) -> dict[str, Any]
         f"{selection['seconds']:.0f} s, {selection['seconds'] / best['seconds']:.1f} times as long as {best['method']}"
     )
     log.info("selected %s on %d examples; training took %s", best["method"], examples["selection"], cost)
-    close = [one["method"] for one in found if one is not best and one["score"] == best["score"]]
+    if others:
+        second = others[0]["method"]
+        difference = compare(samples[best["method"]], samples[second], selection["metric"])
+        interval = [difference.low, difference.high]
+        selection["runner_up"] = {"method": second, "difference": difference.mean, "interval": interval}
+        if difference.low is not None and not difference.conclusive:
+            text = "%s - %s: %+.4f (95 %% interval %+.4f to %+.4f), so another sample of examples may select another method"
+            log.info(text, best["method"], second, difference.mean, *interval)
+    close = [one["method"] for one in others if one["score"] == best["score"]]
     if close:
         log.info("%s has the same score; the first one in methods is selected", listed(close))
     trained, chosen = [str(one.name) for one in every.values()], str(every[best["method"]].name)

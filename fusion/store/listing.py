@@ -267,12 +267,15 @@ def _command(manifest: Manifest, into: Path) -> str:
     if isinstance(data, str) and "data.dir" not in map(key_of, words):  # set by FUSION_DATA_DIR
         words.append(override("data.dir", data))
     # Refer to sources by name, since paths would point to a different store.
-    names: dict[str, Any] = {"sources": [source.name for source in manifest.sources]}
+    names: dict[str, Any] = {"sources": [source.name for source in manifest.sources]} if manifest.sources else {}
     if run.init_from is not None:
         names["init_from"] = run.init_from.name
     words = [override(key, names[key]) if (key := key_of(word)) in names else word for word in words]
-    own = {"name": manifest.name, "store": str(into.absolute()), "seed": manifest.seed}
+    found = manifest.content["result"]
+    seed = run.config.get("seed", manifest.seed) if "search" in found else manifest.seed
+    own = {"name": manifest.name, "store": str(into.absolute()), "seed": seed}
     words += [override(key, value) for key, value in own.items()]
     variables = [f"{key}={shlex.quote(value)}" for key, value in run.environment.items()]
     stage = "stage2" if manifest.kind == "fusion" else "stage1"
-    return " ".join([*variables, "python", "-m", f"fusion.{stage}", *map(shlex.quote, words)])
+    command = "select" if "selection" in found else stage
+    return " ".join([*variables, "python", "-m", f"fusion.{command}", *map(shlex.quote, words)])

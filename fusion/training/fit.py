@@ -121,8 +121,8 @@ def fit(spec: FitSpec) -> Fit:
         internals.set_epochs(trainer, epochs, every)
         if epochs > config.optim.epochs:
             log.info(
-                "%d epochs of %d batches, for optim.min_steps=%d; evaluated every %d epochs",
-                *(epochs, len(batches), config.optim.min_steps, every),
+                "%d epochs of %d batches, for optim.min_steps=%d; evaluated every %s",
+                *(epochs, len(batches), config.optim.min_steps, "epoch" if every == 1 else f"{every} epochs"),
             )
     if last is not None:
         epoch, batch = last["position"]["epoch"], last["position"]["batch"]

@@ -48,7 +48,7 @@ def load_task_rows(tasks: Sequence[TaskConfig], data: DataConfig, loss: LossConf
             else:
                 loaded.validation[split_name(tasks, number, split)] = encoded
                 loaded.examples[split_name(tasks, number, split)] = rows
-            ignored = f", {rows.ignored} without a label dropped" if rows.ignored else ""
+            ignored = f" ({rows.ignored} more have no label and are not used)" if rows.ignored else ""
             log.info("%s %s: %d examples%s", task.name, split, len(rows), ignored)
     set_class_weights(loss, tasks, loaded.training)
     return loaded

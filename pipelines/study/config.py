@@ -68,9 +68,9 @@ METHODS: dict[str, StudyMethod] = {
         (1e-4, 2e-4, 5e-4),
     ),
     "fusion_new_adapter": StudyMethod(
-        "fusion with a new adapter and a null source",
+        "fusion with a new adapter and source dropout",
         STAGE2,
-        _FUSION + "] composition.null_source=true composition.target_adapter=true",
+        _FUSION + "] composition.target_adapter=true composition.null_source=true composition.source_dropout=0.5",
         (2e-4, 5e-4, 1e-3),
     ),
     "scalearn": StudyMethod("ScaLearn", STAGE2, "composition=scalearn sources=[{sources},{own}]", (2e-3, 5e-3, 1e-2)),
@@ -98,7 +98,7 @@ class StudyConfig(Settings):
     data_dir: str | None = None
     source_rows: int = integer(3000, 1)
     validation_rows: int = integer(100, 1)
-    test_rows: int = integer(500, 1)
+    test_rows: int = integer(1000, 1)
     output: str = "outputs/study"
     results: str = "docs/results/study.jsonl"
     overrides: list[str] = field(  # of the methods
@@ -115,11 +115,13 @@ class StudyConfig(Settings):
     )
     report: bool = False
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the settings that the scores depend on, except those of `Cell`."""
+    def fingerprint(self, method: str) -> str:
+        """Identifies the settings that the scores of a method depend on, except those of `Cell`."""
         used = [self.sources, self.source_rows, self.validation_rows, self.test_rows, METRICS]
-        content = json.dumps([*used, self.overrides, self.source_overrides])
+        definitions = [
+            METHODS[one].overrides for one in (method, BASELINE) if one == method or METHODS[method].uses_own
+        ]
+        content = json.dumps([*used, self.overrides, self.source_overrides, *definitions])
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
     @property

@@ -24,14 +24,15 @@ class Cell(NamedTuple):
     rate: float
 
 
-def read_results(path: Path, settings: str) -> dict[Cell, dict[str, Any]]:
+def read_results(config: StudyConfig) -> dict[Cell, dict[str, Any]]:
     """Return the results with these settings by cell. Raises UserError for a line that is not a result."""
+    path = Path(config.results)
     found: dict[Cell, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else [], 1):
         try:
             result = json.loads(line)
             cell = Cell(*(result[key] for key in Cell._fields))
-            if result["settings"] == settings:
+            if cell.method in METHODS and result["settings"] == config.fingerprint(cell.method):
                 found[cell] = result
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}, line {number}: is not a result of the study; remove the line") from None

@@ -68,7 +68,7 @@ class Study:
 
     def __init__(self, config: StudyConfig) -> None:
         self.config, self.path = config, Path(config.results)
-        self.results = read_results(self.path, config.fingerprint)
+        self.results = read_results(config)
 
     def cell(self, target: str, rows: int, method: str, seed: int, rate: float) -> Cell:
         return Cell(self.config.backbone, target, rows, method, seed, rate)
@@ -96,11 +96,11 @@ class Study:
                 path = self.config.store / LOCKS / f"study-{what}-{task}"
                 try:
                     with lock(path, f"{what} {task} is being trained", wait):
-                        self.results = read_results(self.path, self.config.fingerprint)
+                        self.results = read_results(self.config)
                         work(task, *settings)
                 except TimeoutError:
                     busy.append(task)
-        self.results = read_results(self.path, self.config.fingerprint)
+        self.results = read_results(self.config)
 
     def train_source(self, source: str) -> None:
         config = self.config
@@ -143,7 +143,8 @@ class Study:
         test = [f"+task={target}", "split=test", *store, *folder]
         run("fusion.evaluate", ["-m", f"artifact={','.join(cells)}", *test])
         found = [
-            result_of(cell, config.fingerprint, runs / name, runs / f"{name}-test") for name, cell in cells.items()
+            result_of(cell, config.fingerprint(method), runs / name, runs / f"{name}-test")
+            for name, cell in cells.items()
         ]
         append_results(self.path, found)
         for name in cells:

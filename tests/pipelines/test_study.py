@@ -86,7 +86,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     return calls
 
 
-def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str, list[str]]]) -> None:
+def test_the_order_of_the_trainings(
+    config: StudyConfig, trained: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = Study(config)
     done.run()
     shown = []
@@ -110,12 +112,12 @@ def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str
         ("sst2", "2", "0.0005", f"[snli,cb,{own.format('sst2')}]", None),
         ("cb", "2", "0.0005", f"[mr,snli,{own.format('cb')}]", None),
     ]
-    results = read_results(Path(config.results), config.fingerprint)
+    results = read_results(config)
     assert results == done.results and len(results) == 2 * (4 + 4 + 4)
     first = results[Cell("minilm", "sst2", 100, "head", 1, 0.002)]
     assert first == {
         "backbone": "minilm", "target": "sst2", "rows": 100, "method": "head", "seed": 1, "rate": 0.002,
-        "settings": config.fingerprint, "metric": "accuracy", "validation": 0.502, "test": 0.6, "metrics": {"accuracy": 0.6, "f1": 0.1},
+        "settings": config.fingerprint("head"), "metric": "accuracy", "validation": 0.502, "test": 0.6, "metrics": {"accuracy": 0.6, "f1": 0.1},
         "test_examples": 50, "best_epoch": 2, "seconds": 3.2, "trainable": 7,
     }  # fmt: skip
     kept = {folder.name for folder in config.store.iterdir() if folder.name != LOCKS}
@@ -123,8 +125,13 @@ def test_the_order_of_the_trainings(config: StudyConfig, trained: list[tuple[str
     trained.clear()
     Study(config).run()
     assert trained == []
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "head", METHODS["head"]._replace(overrides="method=head head.dropout=0.1"))
+        assert {cell.method for cell in read_results(config)} == {"adapter", "fusion"}
+        patch.setitem(METHODS, "adapter", METHODS["adapter"]._replace(overrides="adapter.reduction=8"))
+        assert read_results(config) == {}  # the fusion has the adapter among its sources
     config.validation_rows += 1
-    assert read_results(Path(config.results), config.fingerprint) == {}
+    assert read_results(config) == {}
 
 
 def test_folds_are_trained_before_a_cross_fitted_fusion(
@@ -240,7 +247,7 @@ def test_invalid_lines_and_settings(config: StudyConfig, tmp_path: Path, capsys:
     path.parent.mkdir(parents=True)
     path.write_text('{"backbone": "minilm"}\n')
     with pytest.raises(UserError, match=r"study.jsonl, line 1: is not a result of the study; remove the line"):
-        read_results(path, "")
+        read_results(config)
     assert main(["methods=[magic]"]) == 2
     assert "methods=[magic]: expected some of head, adapter" in capsys.readouterr().err
     assert main(["report=true", f"results={tmp_path / 'none.jsonl'}"]) == 0
@@ -266,7 +273,8 @@ def test_processes_share_the_work(config: StudyConfig, trained: list[tuple[str, 
                 time.sleep(0.01)
             cells = [Cell("minilm", "sst2", 100, "head", 1, rate) for rate in (2e-3, 5e-3, 2e-2)]
             append_results(
-                Path(config.results), [result(cell, 0.5, 0.5) | {"settings": config.fingerprint} for cell in cells]
+                Path(config.results),
+                [result(cell, 0.5, 0.5) | {"settings": config.fingerprint("head")} for cell in cells],
             )
 
     process = threading.Thread(target=other)
@@ -276,7 +284,7 @@ def test_processes_share_the_work(config: StudyConfig, trained: list[tuple[str, 
     process.join()
     heads = [words for _, words in trained if "method=head" in words]
     assert len(heads) == 1 and "+task=cb" in heads[0]
-    assert len(read_results(Path(config.results), config.fingerprint)) == 6
+    assert len(read_results(config)) == 6
 
 
 def test_own_adapters_that_are_not_in_the_store_are_trained_again(
