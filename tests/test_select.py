@@ -73,8 +73,8 @@ def test_the_best_method_on_the_second_fold_is_kept(bench: Bench, capsys: pytest
 
     finished = [RunFolder(run.directory, "select", (), "2026", False, run.config, result)]
     (reported,) = all_scores(finished)
-    titles = {"head": "head", "adapter": "single adapter", "adapterfusion": "fusion of films"}
-    assert reported.method == f"{titles[found['chosen']]}, selected" and reported.split == "test"
+    named = {"head": "head", "adapter": "single adapter", "adapterfusion": "fusion of films"}
+    assert reported.method == f"{named[found['chosen']]}, selected" and reported.split == "test"
     assert reported.trained is not None and reported.trained.has_default_rate
     (command,) = rebuild_lines(read_manifest("plays-selected", store), store, store)[-1:]
     assert command == "# plays-selected was not created by a command"

@@ -112,9 +112,7 @@ class Contents:
             for method, own in errors.items():
                 if len(own.classes.names) <= MOST_CLASSES:
                     title, setting = f"{target.label}, {method}", target.groups[method].setting
-                    figure = figures.confusion_figure(
-                        own.confusion, own.classes.names, own.classes.count.tolist(), title
-                    )
+                    figure = figures.confusion_figure(own, title)
                     settings = [setting] if setting else []
                     add("confusion", target.label, method, title=title, figure=figure, settings=settings)
             if bins := {method: own.bins for method, own in errors.items() if own.bins}:

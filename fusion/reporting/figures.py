@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from fusion.reporting.errors import Errors
+
 _WIDTH = 3.7  # inches: a column of a paper, or a phone
 # Color-blind safe palette of Okabe & Ito, without its yellow, which is too light on white.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#8c564b")
@@ -163,10 +165,11 @@ def attention_figure(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def confusion_figure(confusion: Floats, names: Sequence[str], examples: Sequence[int], title: str) -> Figure:
-    """Plot a confusion matrix, (C, C): the fractions of the examples of each class (row)."""
-    labels = [f"{name} ({count:,})" for name, count in zip(names, examples, strict=True)]
-    figure = heatmap_figure(confusion, labels, names, "label (examples)", "")
+def confusion_figure(errors: Errors, title: str) -> Figure:
+    """Plot the confusion matrix: the fractions of the examples of each class (row)."""
+    classes = errors.classes
+    labels = [f"{name} ({count:,})" for name, count in zip(classes.names, classes.count, strict=True)]
+    figure = heatmap_figure(errors.confusion, labels, classes.names, "label (examples)", "")
     (axes,) = figure.axes
     axes.set_xlabel("prediction")
     axes.set_title(textwrap.fill(title, int(8 * figure.get_figwidth())))

@@ -240,7 +240,7 @@ def log_errors(loggers: Sequence[Logger], splits: Mapping[str, Mapping[str, Any]
                 continue
             drawn = {}
             if len(errors.classes.names) <= MOST_CLASSES:
-                drawn["confusion"] = confusion_figure(errors.confusion, errors.classes.names, split)
+                drawn["confusion"] = confusion_figure(errors, split)
             if errors.bins:
                 run.summary.update({f"calibration/{split}/ece": errors.ece})
                 drawn["calibration"] = reliability_figure({split: errors.bins}, "Confidence and accuracy")
