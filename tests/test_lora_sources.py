@@ -16,7 +16,8 @@ from fusion.errors import UserError
 from fusion.layers.heads import TaskHead
 from fusion.model.adapted import AdaptedModel
 from fusion.model.build import backbone_of, build_composition, stored_adapters, stored_model
-from fusion.store.artifacts import load
+from fusion.model.from_manifests import tensor_shapes
+from fusion.store.artifacts import load, verify
 from fusion.store.lookup import read_manifest
 from tests.bench import Bench, same
 
@@ -106,13 +107,52 @@ def test_other_commands_read_it(trained: Bench) -> None:
     assert len(trained.predict("plays-both", [{"text": "a good film"}])) == 1
 
 
+@pytest.mark.parametrize(
+    ("gate", "layers"),
+    [("slot", ["query.weight", "query.bias", "key.weight", "key.bias"]), ("layer", [0, 1, 2]), ("model", [0])],
+)
+def test_gates_are_stored_once(trained: Bench, gate: str, layers: list[Any]) -> None:
+    composition = CompositionConfig(rank=4, value_matrix=False, gate=gate, null_source=True)
+    name, sources = f"plays-gate-{gate}", ["films-lora", "books-lora"]
+    result = trained.stage2("plays", sources, composition=composition, name=name)
+    weights = trained.weights(name)
+    if gate == "slot":
+        assert len(weights) == 3 * 5 * len(layers)  # query, value, and three other linear layers of books-lora
+    else:
+        parts = {"query.weight": (4, 32), "query.bias": (4,), "keys": (2, 4)}
+        assert {key: tuple(value.shape) for key, value in weights.items()} == {
+            f"{layer}.attention.query.gate.{part}": shape for layer in layers for part, shape in parts.items()
+        }
+        assert weights["0.attention.query.gate.keys"].any()
+    evaluated = trained.evaluate(name, split="validation")
+    assert evaluated["metrics"]["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
+    assert all("ok" in str(verdict) for verdict in verify(trained.folder / "store", tensor_shapes, name))
+    inspected, _ = trained.inspect(name)
+    assert set(inspected["attention"]) == set(sources)
+    if gate != "slot":
+        with pytest.raises(UserError, match=rf"has composition.gate={gate}, so its slots share weights"):
+            pruned = CompositionConfig("pruned", fusion=name, keep=1)
+            trained.stage2("plays", [], composition=pruned, name="plays-pruned-gate")
+
+
+@pytest.mark.parametrize("merge", ["ties", "dare"])
+def test_merged_loras(trained: Bench, merge: str) -> None:
+    """The merge is computed again when the model is loaded, with the same draws."""
+    trained.stage1("films", name="more-lora", method=MethodConfig("lora", rank=2, alpha=4), seed=7, overwrite=True)
+    composition, name = CompositionConfig("average", merge=merge, density=0.25), f"plays-{merge}"
+    result = trained.stage2("plays", ["films-lora", "more-lora"], composition=composition, name=name)
+    assert trained.weights(name) == {}
+    evaluated = trained.evaluate(name, split="validation")
+    assert evaluated["metrics"]["validation"] == pytest.approx(result["metrics"]["validation"], abs=1e-6)
+
+
 def test_defaults_of_lora_sources(trained: Bench) -> None:
     def settled(sources: list[str], *overrides: str, **settings: Any) -> CompositionConfig:
         config = Stage2Config(**trained.settings("plays", composition=CompositionConfig(**settings)), sources=sources)
         settle_sources(config, overrides)
         return config.composition
 
-    assert settled(["films-lora"]) == CompositionConfig(rank=32, value_matrix=False)
+    assert settled(["films-lora"]) == CompositionConfig(rank=32, value_matrix=False, gate="layer")
     assert settled(["films-lora"], "composition.value_matrix=true").value_matrix is True
     assert settled(["films-lora"], rank=8).rank == 8
     assert settled(["films"]) == CompositionConfig()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:  # the first checks of a command read the table of families without importing torch
     from torch import Tensor, nn
 
+    from fusion.layers.gates import Gate
     from fusion.layers.slot_module import BatchContext, SlotModule
 
 
@@ -79,6 +80,29 @@ class CurrentBatch:
     capture: bool = False
     in_float32: bool = False
 
+    def call(self, module: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
+        """Call a module of `fusion.layers` with x (B, T, D_in).
+
+        If x has a half-precision dtype, products with float32 parameters are computed in that dtype, or in float32 on
+        hardware without instructions for it.
+        """
+        import torch
+
+        multiply_in_half = x.element_size() == 2
+        if multiply_in_half and self.in_float32:
+            x, multiply_in_half = x.float(), False
+        with torch.autocast(x.device.type, x.dtype) if multiply_in_half else contextlib.nullcontext():
+            output: Tensor = module(x, context)
+        return output
+
+    def watch_gate(self, layer: nn.Module, gate: Gate) -> None:
+        """Compute the weights of a gate from the layer's input before the layer runs, in each batch."""
+
+        def before(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.context.gates[gate.key] = self.call(gate, hidden_states(inputs, keywords), self.context)
+
+        layer.register_forward_pre_hook(before, with_kwargs=True)
+
 
 @dataclass(eq=False)
 class Slot:
@@ -125,22 +149,10 @@ class Slot:
         return bool(on) and not on[self.address.layer]
 
     def update(self, x: Tensor) -> Tensor:
-        """Compute the update: x (B, T, D_in) -> (B, T, D_out).
-
-        If x has a half-precision dtype, products with float32 parameters are computed in that dtype, or in float32 on
-        hardware without instructions for it.
-        """
-        import torch
-
+        """Compute the update: x (B, T, D_in) -> (B, T, D_out)."""
         context = self._current.context
         named = context if context.record is None else replace(context, slot=str(self.address))
-        given = x.dtype
-        multiply_in_half = x.element_size() == 2
-        if multiply_in_half and self._current.in_float32:
-            x, multiply_in_half = x.float(), False
-        with torch.autocast(x.device.type, given) if multiply_in_half else contextlib.nullcontext():
-            update: Tensor = self.module(x, named)
-        return update.to(given)
+        return self._current.call(self.module, x, named).to(x.dtype)
 
     def _take(self) -> Tensor:
         kept, self._kept = self._kept, None

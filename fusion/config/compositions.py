@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
+from fusion.backbones.slots import SlotAddress
 from fusion.config.fields import NamedSettings, choice, default_of, integer, layer_drop, layers, number, require
 from fusion.errors import UserError
 from fusion.text import override
@@ -15,6 +17,7 @@ from fusion.text import override
 if TYPE_CHECKING:
     from fusion.layers.bank import AdapterBank
     from fusion.layers.bottleneck import BottleneckAdapter
+    from fusion.layers.gates import Gate
     from fusion.layers.slot_module import SlotModule
 
 # Values of `Composition.finds`.
@@ -27,10 +30,16 @@ ONE_ADAPTER = "is a single adapter without attention weights"
 class SlotSources:
     """The frozen adapters of one slot."""
 
-    adapters: Mapping[int, BottleneckAdapter]  # by the index of their source, in ascending order
+    adapters: Mapping[int, BottleneckAdapter]  # by the index of their source, in ascending order, at least one
     total: int  # number of sources, including those without an adapter in this slot
     own: tuple[int, ...] = ()  # indices of the sources that were trained on the target
     folds: Mapping[int, Sequence[BottleneckAdapter]] = field(default_factory=dict)  # of `own`, see `AdapterBank`
+    address: SlotAddress = SlotAddress("", 0, "feedforward")
+    hidden_size: int = 0  # of the backbone
+
+    @property
+    def first(self) -> BottleneckAdapter:
+        return next(iter(self.adapters.values()))
 
     def bank(self) -> AdapterBank:
         """Stack the adapters."""
@@ -62,12 +71,46 @@ def _of_bank(
     return built
 
 
-def _attention(name: str, settings: CompositionConfig, sources: SlotSources, shared: None) -> SlotModule:
+def _attention(name: str, settings: CompositionConfig, sources: SlotSources, shared: Gate | None) -> SlotModule:
+    if shared is not None:
+        return _gated(settings, sources, shared)
     keys = ("value_matrix", "temperature", "dropout", "rank", "null_source")
-    return _of_bank("attention", name, keys, settings, sources, shared, prior=settings.prior_over(sources))
+    return _of_bank("attention", name, keys, settings, sources, None, prior=settings.prior_over(sources))
 
 
 _adapterfusion, _sequence = (partial(_attention, name) for name in ("AdapterFusion", "SequenceFusion"))
+
+
+def _attention_gate(settings: CompositionConfig, sources: SlotSources, per_text: bool = False) -> Gate | None:
+    """Return the gate of a layer or of the model; `None` for attention in each slot."""
+    if settings.gate_of == "slot":
+        return None
+    from fusion.layers.gates import AttentionGate
+
+    place, size = _gate_place(settings, sources)
+    options = {key: getattr(settings, key) for key in ("temperature", "dropout", "rank", "null_source")}
+    return AttentionGate(place, size, sources.total, per_text=per_text, prior=settings.prior_over(sources), **options)
+
+
+def _linear_gate(settings: CompositionConfig, sources: SlotSources) -> Gate:
+    from fusion.layers.gates import LinearGate
+
+    return LinearGate(*_gate_place(settings, sources), sources.total)
+
+
+def _gate_place(settings: CompositionConfig, sources: SlotSources) -> tuple[tuple[str, int] | None, int]:
+    """Return the place of a gate, see `Gate`, and its input size. A gate of the model reads its lowest layer's input."""
+    if settings.gate_of == "slot":
+        return None, sources.first.down.in_features
+    return (sources.address.stack, sources.address.layer), sources.hidden_size
+
+
+def _gated(settings: CompositionConfig, sources: SlotSources, shared: Gate) -> SlotModule:
+    from fusion.layers.gates import GatedMixture
+
+    return GatedMixture(
+        sources.bank(), shared, settings.value_matrix and "value_matrix" in settings.definition.settings
+    )
 
 
 def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, uniform: bool = False) -> SlotModule:
@@ -79,10 +122,10 @@ def _scalearn(settings: CompositionConfig, sources: SlotSources, shared: Any, un
     return ScaLearn(bank, initial_scales(bank.count, 1 if uniform else bank.output_size))
 
 
-def _scales(total: int, width: int) -> Any:
+def _scales(settings: CompositionConfig, sources: SlotSources, uniform: bool = False) -> Any:
     from fusion.layers.mixtures import initial_scales
 
-    return initial_scales(total, width)
+    return initial_scales(sources.total, 1 if uniform else sources.first.up.out_features)
 
 
 def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any, Any]) -> SlotModule:
@@ -91,7 +134,9 @@ def _average(settings: CompositionConfig, sources: SlotSources, shared: dict[Any
     adapters = tuple(sources.adapters.values())
     if adapters not in shared:
         try:
-            shared[adapters] = average(adapters)
+            # `dare` draws the same entries whenever the model is built.
+            seed = zlib.crc32(str(sources.address).encode())
+            shared[adapters] = average(adapters, settings.merge, settings.density, seed)
         except ValueError:
             raise UserError("composition.name=average: all source adapters must have the same shape") from None
     mean: BottleneckAdapter = shared[adapters]
@@ -114,7 +159,10 @@ class Composition:
     loss_terms: tuple[str, ...] = ()  # terms that its modules add to the loss, weighted by the setting of that name
     title: str = ""  # in reports; if empty, the key in the table
     no_weights: str = ""  # predicate of a sentence: why its modules report no weight per source; empty if they do
-    share: Callable[[int, int], Any] | None = None  # of (sources, hidden size); all layers of a site share the result
+    # Of (settings, sources of the first slot): what the slots of `shared_by` share.
+    share: Callable[[Any, SlotSources], Any] | None = None
+    shared_by: str = "site"  # the same site of all layers, or `slot`, `layer` or `model`; `gate`: see the setting
+    gate: str = "slot"  # what the setting `gate` is by default
     starts_from_sources: bool = False  # is initialized from its sources, so `init_from` is not allowed
     one_shape: bool = False  # all source adapters must have the same shape
     can_be_pruned: bool = False
@@ -130,24 +178,44 @@ class Composition:
 
 _SAMPLED = ("source_dropout", "dropped", "cross_fit")  # of compositions whose sources can be inactive
 _PRIOR = ("prior", "prior_own", "prior_penalty")
-_ATTENTION = ("value_matrix", "temperature", "dropout", "value_penalty", "rank", "null_source", *_PRIOR, *_SAMPLED)
+_ATTENTION = (
+    *("value_matrix", "temperature", "dropout", "value_penalty", "rank", "gate", "null_source"),
+    *_PRIOR,
+    *_SAMPLED,
+)
 _PENALTY = ("value_penalty", "prior_penalty")
 
 COMPOSITIONS: dict[str, Composition] = {
-    "adapterfusion": Composition(_adapterfusion, "fusion", _ATTENTION, _PENALTY, title="fusion", can_be_pruned=True),
-    "sequence": Composition(_sequence, "fusion", _ATTENTION, _PENALTY),
+    "adapterfusion": Composition(
+        _adapterfusion,
+        "fusion",
+        _ATTENTION,
+        _PENALTY,
+        title="fusion",
+        can_be_pruned=True,
+        share=_attention_gate,
+        shared_by="gate",
+    ),
+    "sequence": Composition(
+        _sequence, "fusion", _ATTENTION, _PENALTY, share=partial(_attention_gate, per_text=True), shared_by="gate"
+    ),
+    "lora_flow": Composition(_gated, "fusion", ("gate", *_SAMPLED), share=_linear_gate, shared_by="gate", gate="layer"),
     "static": Composition(partial(_of_bank, "mixtures", "StaticMixture", ()), "scales", _SAMPLED),
     MEAN: Composition(partial(_of_bank, "mixtures", "MeanMixture", ()), "head", _SAMPLED),
     "scalearn": Composition(_scalearn, "scales", _SAMPLED),
     "scalearn_uniform": Composition(partial(_scalearn, uniform=True), "scales", _SAMPLED),
     "scalearn_pp": Composition(_scalearn, "scales", _SAMPLED, share=_scales),
-    "scalearn_uniform_pp": Composition(_scalearn, "scales", _SAMPLED, share=lambda total, width: _scales(total, 1)),
+    "scalearn_uniform_pp": Composition(_scalearn, "scales", _SAMPLED, share=partial(_scales, uniform=True)),
+    "cat": Composition(_scalearn, "scales", _SAMPLED, share=partial(_scales, uniform=True), shared_by="layer"),
+    "arrow": Composition(
+        partial(_of_bank, "routing", "Arrow", ("top_k", "temperature")), "head", ("top_k", "temperature")
+    ),
     "average": Composition(
         _average,
         "adapter",
-        ("train",),
+        ("train", "merge", "density"),
         no_weights=ONE_ADAPTER,
-        share=lambda total, width: {},  # cached averages: layers that share adapters share their average
+        share=lambda settings, sources: {},  # cached averages: layers that share adapters share their average
         starts_from_sources=True,
         one_shape=True,
     ),
@@ -162,7 +230,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "continued": Composition(_continued, "adapter", no_weights=ONE_ADAPTER, starts_from_sources=True, finds=CONTINUED),
 }
 
-LORA_DEFAULTS = {"rank": 32, "value_matrix": False}
+LORA_DEFAULTS = {"rank": 32, "value_matrix": False, "gate": "layer"}
 """Defaults of `CompositionConfig` for LoRA sources."""
 
 # Settings that do not affect the output computed with stored weights.
@@ -196,6 +264,11 @@ class CompositionConfig(NamedSettings, group="composition"):
     dropped: str = choice("all", ("all", "own"))  # the sources that `source_dropout` applies to
     # In training, an example's own adapters are those of K folds that were not trained on the example.
     cross_fit: Optional[int] = integer(None, 2, null="the own adapter itself")
+    # What computes the weights of the sources: each slot, or a gate of each layer or of the model, from a layer's input.
+    gate: Optional[str] = choice(None, ("slot", "layer", "model"), null="slot, or layer for LoRA sources and lora_flow")
+    merge: str = choice("mean", ("mean", "ties", "dare"))  # how the weights of the sources become those of one adapter
+    density: float = number(0.5, "> 0 and <= 1")  # fraction of the entries that ties and dare keep
+    top_k: int = integer(3, 1)  # number of sources with a weight above 0, per token
 
     table = COMPOSITIONS
     common = ("name", "layers", "drop", "target_adapter")
@@ -210,6 +283,7 @@ class CompositionConfig(NamedSettings, group="composition"):
         needs = {  # whether a setting has an effect, and the setting that it needs
             "prior_own": (self.prior == "own", "prior=own"),
             "prior_penalty": (self.prior is not None, "prior=uniform or own"),
+            "density": (self.merge != "mean", "merge=ties or dare"),
             "dropped": (self.source_dropout > 0, "source_dropout=0.5"),
         }
         for setting in fields(self):
@@ -223,6 +297,17 @@ class CompositionConfig(NamedSettings, group="composition"):
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each term that the slot modules add to the loss, by name."""
         return {term: getattr(self, term) for term in self.definition.loss_terms}
+
+    @property
+    def gate_of(self) -> str:
+        return self.gate or self.definition.gate
+
+    def sharing(self, address: SlotAddress) -> tuple[str, ...]:
+        """Return a key that is equal for all slots that share the result of `Composition.share`."""
+        by = self.definition.shared_by
+        stack, layer = address.stack, str(address.layer)
+        keys = {"site": (stack, address.site), "slot": (str(address),), "layer": (stack, layer), "model": (stack,)}
+        return keys[self.gate_of if by == "gate" else by]
 
     def prior_over(self, sources: SlotSources) -> list[float] | None:
         """Return the prior of the attention over all sources, and the null source if there is one; `None` without one."""

@@ -93,18 +93,13 @@ class AdapterFusion(SlotModule):
         self.register_buffer("log_prior", log_prior)  # (N,), or (N + 1,) with the null source
         self.query = nn.Linear(bank.input_size, rank or bank.input_size)
         self.key = nn.Linear(bank.output_size, rank or bank.input_size)
-        self.value = nn.Linear(bank.output_size, bank.output_size, bias=False) if value_matrix else None
+        self.value = identity_matrix(bank.output_size) if value_matrix else None
         self.dropout = nn.Dropout(dropout)
         for projection in (self.query, self.key):
             nn.init.normal_(projection.weight, std=0.02)
             nn.init.zeros_(projection.bias)
         if prior is not None:
             nn.init.zeros_(self.query.weight)
-        if self.value is not None:
-            # Identity matrix with 1e-6 off the diagonal.
-            nn.init.constant_(self.value.weight, 1e-6)
-            with torch.no_grad():
-                self.value.weight.fill_diagonal_(1.0)
 
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D_in) -> o: (B, T, D_out)."""
@@ -129,23 +124,8 @@ class AdapterFusion(SlotModule):
             # bk·q is equal for all n, so it cancels in the softmax unless dropout is applied to the scores. It is always
             # computed in training, since DDP raises if bk has no gradient.
             scores = scores + (x @ (key.bias @ query.weight) + query.bias @ key.bias).unsqueeze(-1)
-        return self._attend(self.dropout(scores) / self.temperature, batch)
-
-    def _attend(self, scores: Tensor, batch: BatchContext) -> Tensor:
-        """Return p: (B, T, N), given the scores (B, T, N), or (B, T, N + 1) with a null source."""
-        on = self.bank.on(batch)
-        if on is not None:
-            on = F.pad(on, (0, int(self.null_source)), value=True)
-        if self.log_prior is not None:
-            scores = scores + self.log_prior
-        p = masked_softmax(scores, on)
-        if self.log_prior is not None and batch.add_loss is not None:
-            prior = masked_softmax(self.log_prior, on)
-            least = torch.finfo(p.dtype).tiny  # so that 0 log 0 is 0, also in the backward pass
-            kl = (p * (p.clamp(min=least).log() - prior.clamp(min=least).log())).sum(-1, keepdim=True)
-            kl = kl.expand(-1, batch.attention_mask.shape[1], -1)  # a text may have one distribution for all tokens
-            batch.add_loss("prior_penalty", pool(kl, batch.attention_mask, "mean").squeeze(-1))
-        return p[..., : len(self.bank)]
+        scores = self.dropout(scores) / self.temperature
+        return attention_weights(scores, self.bank.on(batch), self.log_prior, self.null_source, batch)
 
     def merged(self) -> MergedFusion:
         """Return an equivalent module for inference, equal up to rounding, without products of size D × D."""
@@ -153,11 +133,7 @@ class AdapterFusion(SlotModule):
 
     def losses(self) -> dict[str, Tensor]:
         """Return `value_penalty`, ‖Wv − I‖²_F, which regularizes the values towards the sources' updates (§3.2)."""
-        if self.value is None:
-            return {}
-        weight = self.value.weight
-        identity = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        return {"value_penalty": (weight - identity).pow(2).sum()}
+        return {} if self.value is None else {"value_penalty": value_penalty(self.value.weight)}
 
 
 class MergedFusion(SlotModule):
@@ -262,6 +238,42 @@ class MergedSequenceFusion(MergedFusion):
         z = self.sources.activated(F.linear(x, self.into[:width], self.into_bias[:width]))
         p = p.to(z.dtype)
         return (p.unsqueeze(-1) * z).flatten(-2) @ self.out + p @ self.out_bias
+
+
+def attention_weights(
+    scores: Tensor, on: Tensor | None, log_prior: Tensor | None, null_source: bool, batch: BatchContext
+) -> Tensor:
+    """Compute p: (B, T, N) from scores (B, T, N), or (B, T, N + 1) with a null source, and add `prior_penalty`.
+
+    on: mask of active sources, (N,) or (B, 1, N). log_prior: (N,) or (N + 1,).
+    """
+    if on is not None:
+        on = F.pad(on, (0, int(null_source)), value=True)
+    if log_prior is not None:
+        scores = scores + log_prior
+    p = masked_softmax(scores, on)
+    if log_prior is not None and batch.add_loss is not None:
+        prior = masked_softmax(log_prior, on)
+        least = torch.finfo(p.dtype).tiny  # so that 0 log 0 is 0, also in the backward pass
+        kl = (p * (p.clamp(min=least).log() - prior.clamp(min=least).log())).sum(-1, keepdim=True)
+        kl = kl.expand(-1, batch.attention_mask.shape[1], -1)  # a text may have one distribution for all tokens
+        batch.add_loss("prior_penalty", pool(kl, batch.attention_mask, "mean").squeeze(-1))
+    return p[..., : p.shape[-1] - null_source]
+
+
+def identity_matrix(size: int) -> nn.Linear:
+    """Return a value matrix: the identity with 1e-6 off the diagonal."""
+    value = nn.Linear(size, size, bias=False)
+    nn.init.constant_(value.weight, 1e-6)
+    with torch.no_grad():
+        value.weight.fill_diagonal_(1.0)
+    return value
+
+
+def value_penalty(weight: Tensor) -> Tensor:
+    """Return ‖Wv − I‖²_F."""
+    identity = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    return (weight - identity).pow(2).sum()
 
 
 def mean_token(x: Tensor, batch: BatchContext) -> Tensor:

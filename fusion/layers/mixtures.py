@@ -98,11 +98,19 @@ def initial_scales(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(count, width).normal_(1.0 / count, 0.001))
 
 
-def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
-    """Return a new adapter whose weights and biases are the means over the given adapters (weight averaging).
+def average(
+    adapters: Sequence[BottleneckAdapter], merge: str = "mean", density: float = 1.0, seed: int = 0
+) -> BottleneckAdapter:
+    """Return a new adapter whose weights and biases are merged from those of the given adapters.
 
-    Because of σ, this is not the mean of the outputs. The dropout probability is taken from the first adapter. Raises
-    ValueError if there is no adapter, or adapters differ in sizes, biases, nonlinearity or scaling.
+    Each tensor is merged for itself, so this is not the mean of the outputs: units of different adapters may be
+    permuted, there is σ in between, and in a product of two merged matrices every source multiplies every other. The
+    dropout probability is taken from the first adapter. Raises ValueError if there is no adapter, or adapters differ in
+    sizes, biases, nonlinearity or scaling.
+
+    Args:
+        merge: `mean`; `ties` or `dare`, see `ties` and `dare`.
+        density, seed: of `ties` and `dare`.
     """
     kinds: set[tuple[Any, ...]] = set()
     for a in adapters:
@@ -114,10 +122,41 @@ def average(adapters: Sequence[BottleneckAdapter]) -> BottleneckAdapter:
     dropout = adapters[0].dropout.p
     mean = BottleneckAdapter(input_size, bottleneck_size, nonlinearity, scaling, dropout, "bert", output_size, bias)
     mean.to(adapters[0].up.weight)
+    draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in mean.named_parameters():
-            parameter.copy_(torch.stack([a.get_parameter(name) for a in adapters]).mean(0))
+            values = torch.stack([a.get_parameter(name) for a in adapters])
+            if merge == "ties":
+                parameter.copy_(ties(values, density))
+            elif merge == "dare":
+                parameter.copy_(dare(values, density, draws))
+            else:
+                parameter.copy_(values.mean(0))
     return mean
+
+
+def ties(values: Tensor, density: float) -> Tensor:
+    """Merge tensors (N, ...) as in TIES (Yadav et al. 2023, arXiv 2306.01708, algorithm 1), with λ = 1.
+
+    Of each tensor, the fraction `density` of the entries with the largest magnitude is kept. The sign of each entry is
+    that of the sum, and the entry is the mean of the kept values with this sign.
+    """
+    kept = torch.zeros_like(values).flatten(1)
+    count = max(1, int(density * kept.shape[1]))
+    largest = values.flatten(1).abs().topk(count, dim=1).indices
+    kept = kept.scatter(1, largest, values.flatten(1).gather(1, largest)).view_as(values)
+    agrees = kept.sign() == kept.sum(0).sign()
+    agrees &= kept != 0
+    return (kept * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def dare(values: Tensor, density: float, draws: torch.Generator) -> Tensor:
+    """Return the mean of tensors (N, ...) whose entries are kept with probability `density` and divided by it.
+
+    DARE (Yu et al. 2024, arXiv 2311.03099).
+    """
+    kept = torch.rand(values.shape, generator=draws).to(values.device) < density
+    return (values * kept / density).mean(0)
 
 
 class FrozenAdapter(SlotModule):

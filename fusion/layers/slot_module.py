@@ -7,7 +7,7 @@ size, except at a linear layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -33,6 +33,7 @@ class BatchContext:
         record: called with the attention weights, unless `None`.
         add_loss: called with loss terms that depend on the texts, unless `None`.
         slot: name of the slot, passed to `record`.
+        gates: weights of the gates that have computed them in this batch, by their key, see `fusion.layers.gates`.
     """
 
     attention_mask: Tensor
@@ -43,6 +44,7 @@ class BatchContext:
     record: Recorder | None = None
     add_loss: LossRecorder | None = None
     slot: str = ""
+    gates: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SlotModule(nn.Module):

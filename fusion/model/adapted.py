@@ -19,6 +19,7 @@ from fusion.backbones.load import Backbone, hash_tensors
 from fusion.backbones.precision import multiplies
 from fusion.backbones.slots import CurrentBatch, Slot, SlotAddress
 from fusion.backbones.tuning import Tuning
+from fusion.layers.gates import Gate
 from fusion.layers.heads import TaskHead, TaskHeads
 from fusion.layers.slot_module import BatchContext, LossRecorder, Recorder, SlotModule, parameters_of
 
@@ -75,10 +76,16 @@ class AdaptedModel(nn.Module):
             parent[last] = slot.module
         self._cast_frozen_buffers()
         first = next(iter(self._family.stacks))
-        layers = [slot.address.layer for slot in self._slot_list if slot.address.stack == first]
-        self.boundary = min(layers, default=None)
+        gates = {gate.key: gate for gate in self.slots.modules() if isinstance(gate, Gate) and gate.place is not None}
+        places = [(slot.address.stack, slot.address.layer) for slot in self._slot_list]
+        places += [gate.place for gate in gates.values() if gate.place is not None]
+        self.boundary = min((layer for stack, layer in places if stack == first), default=None)
         if self.boundary is not None:
             watch_boundary(self._layers_of(first)[self.boundary], self._current)
+        for gate in gates.values():  # after the boundary, which replaces the input of its layer
+            assert gate.place is not None
+            stack, layer = gate.place
+            self._current.watch_gate(self._layers_of(stack)[layer], gate)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             recompute_in_backward(self.layers(), self._current)

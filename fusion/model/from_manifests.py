@@ -116,8 +116,7 @@ def compose(
     every = [adapters(n) if only in (None, source.name) else {} for n, source in enumerate(sources)]
     sites = list(dict.fromkeys(site for source in sources for site in source.sites))
     own = own_adapters(sources, target)
-    share = definition.share
-    shared: dict[tuple[str, str], Any] = {}
+    shared: dict[Any, Any] = {}
     modules: dict[str, SlotModule] = {}
     addresses = (
         SlotAddress(stack, layer, site)
@@ -126,18 +125,20 @@ def compose(
         for site in sites
     )
     for address in addresses:
-        slot, place = str(address), (address.stack, address.site)
+        slot = str(address)
         present = {n: own[slot] for n, own in enumerate(every) if slot in own}
         if not present:
             continue
-        first = next(iter(present.values()))
-        if place not in shared:
-            shared[place] = None if share is None else share(len(sources), first.up.out_features)
         combined = _kept(chosen[KEPT], slot, present) if KEPT in chosen else present
         of_folds = {n: [one[slot] for one in each] for n, each in (folds or {}).items() if n in combined}
-        module = definition.build(config, SlotSources(combined, len(sources), own, of_folds), shared[place])
+        hidden_size = sources[0].backbone.hidden_size
+        here = SlotSources(combined, len(sources), own, of_folds, address, hidden_size)
+        group = config.sharing(address)
+        if group not in shared:
+            shared[group] = None if definition.share is None else definition.share(config, here)
+        module = definition.build(config, here, shared[group])
         if config.target_adapter:  # with the bottleneck size of the largest source in the slot
-            size = max(adapter.down.out_features for adapter in present.values())
+            size, first = max(adapter.down.out_features for adapter in present.values()), here.first
             sizes = first.down.in_features, size, first.nonlinearity
             output_size, bias = first.up.out_features, first.up.bias is not None
             new = BottleneckAdapter(*sizes, init="zero_up", output_size=output_size, bias=bias)

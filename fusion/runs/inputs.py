@@ -147,6 +147,13 @@ def _of_fusion(config: Stage2Config, store: Path) -> Inputs:
             f"{where} is a stored {fusion.kind} ({fusion.made_by}), expected a fusion of composition="
             f"{' or '.join(prunable)}"
         )
+    assert fusion.composition is not None
+    gate = fusion.composition.settings.gate_of
+    if gate != "slot":
+        raise UserError(
+            f"{where} has composition.gate={gate}, so its slots share weights and cannot keep different sources; expected "
+            "a fusion with composition.gate=slot"
+        )
     names = [source.name for source in fusion.sources]
     if keep >= len(names):
         raise UserError(f"composition.keep={keep}: {fusion.name} has {len(names)} sources, expected fewer")

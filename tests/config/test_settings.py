@@ -304,6 +304,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "composition.keep": {"name": "pruned"},
     "composition.prior_own": {"prior": "own"},
     "composition.prior_penalty": {"prior": "uniform"},
+    "composition.density": {"name": "average", "merge": "ties"},
+    "composition.top_k": {"name": "arrow"},
     "data.limit.train_seed": {"train": 100},
     "search_seeds": {"search": True},
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.mixtures import FrozenAdapter, average
+from fusion.layers.mixtures import FrozenAdapter, average, dare, ties
 from fusion.layers.slot_module import BatchContext
 from tests.layers.test_attention import plain_output
 
@@ -78,3 +78,35 @@ def test_learned_scalings_are_averaged_too() -> None:
     assert average(adapters).get_parameter("scaling").item() == 2.0
     with pytest.raises(ValueError, match="equal sizes and settings"):
         average([adapters[0], BottleneckAdapter(8, 2, scaling=3.0)])
+
+
+def test_merges_of_peft_are_equal() -> None:
+    from peft.utils.merge_utils import ties as their_ties
+
+    values = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(2)).double()
+    for density in (0.25, 0.5, 1.0):
+        theirs = their_ties(list(values), torch.ones(3, dtype=values.dtype), density)
+        torch.testing.assert_close(ties(values, density), theirs, rtol=0, atol=1e-12)
+    assert torch.equal(ties(values[:1], 1.0), values[0])
+
+
+def test_dare_is_the_mean_of_rescaled_entries() -> None:
+    values = torch.randn(4, 2000, generator=torch.Generator().manual_seed(2)).double()
+    found = dare(values, 0.25, torch.Generator().manual_seed(5))
+    assert torch.equal(found, dare(values, 0.25, torch.Generator().manual_seed(5)))
+    kept = torch.rand(values.shape, generator=torch.Generator().manual_seed(5)) < 0.25
+    assert 0.2 < float(kept.double().mean()) < 0.3
+    torch.testing.assert_close(found, torch.where(kept, 4 * values, 0.0).sum(0) / 4, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dare(values, 1.0, torch.Generator()), values.mean(0))
+
+
+@pytest.mark.parametrize("merge", ["ties", "dare"])
+def test_adapters_are_merged_by_tensor(merge: str) -> None:
+    sources = adapters(3)
+    merged = average(sources, merge, 0.5, seed=3)
+    again = average(sources, merge, 0.5, seed=3)
+    draws = torch.Generator().manual_seed(3)
+    for name, parameter in merged.named_parameters():
+        values = torch.stack([source.get_parameter(name) for source in sources]).detach()
+        assert torch.equal(parameter, ties(values, 0.5) if merge == "ties" else dare(values, 0.5, draws))
+        assert torch.equal(parameter, again.get_parameter(name)) and not torch.equal(parameter, values.mean(0))

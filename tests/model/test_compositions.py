@@ -19,6 +19,7 @@ from fusion.config.methods import METHODS, MethodConfig
 from fusion.config.stages import Stage1Config, Stage2Config
 from fusion.errors import UserError
 from fusion.layers.bottleneck import BottleneckAdapter
+from fusion.layers.gates import Gate
 from fusion.layers.slot_module import BatchContext, SlotModule
 from fusion.runs.identity import ADDED_LATER
 from tests.layers import test_scalearn, test_sequence
@@ -77,15 +78,40 @@ def plain_source(module: Any, x: Tensor, sources: Sources, on: Collection[int]) 
     return plain_tokens(x, lambda token: plain_output(module, token))
 
 
+def plain_flow(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    def of_token(token: Tensor) -> Tensor:
+        powers = {n: torch.exp(module.gate.weight[n] @ token) for n in on}  # also of sources without an adapter here
+        weights = {n: power / sum(powers.values()) + module.gate.bias[n] for n, power in powers.items()}
+        return torch.stack([weights[n] * plain_output(a, token) for n, a in sources.items() if n in on]).sum(0)
+
+    return plain_tokens(x, of_token)
+
+
+def plain_arrow(module: Any, x: Tensor, sources: Sources, on: Collection[int]) -> Tensor:
+    kept = [adapter for n, adapter in sources.items() if n in on]
+
+    def of_token(token: Tensor) -> Tensor:
+        scores = []
+        for adapter in kept:
+            direction = torch.linalg.svd(adapter.scaling * adapter.up.weight @ adapter.down.weight).Vh[0]
+            scores.append((direction @ token).abs().exp())
+        return torch.stack([s / sum(scores) * plain_output(a, token) for s, a in zip(scores, kept, strict=True)]).sum(0)
+
+    return plain_tokens(x, of_token)
+
+
 REFERENCES: dict[str, Callable[[Any, Tensor, Sources, Collection[int]], Tensor]] = {
     "adapterfusion": plain_attention,
     "sequence": plain_sequence,
+    "lora_flow": plain_flow,
+    "arrow": plain_arrow,
     "static": plain_static,
     "mean": plain_mean,
     "scalearn": plain_scales,
     "scalearn_uniform": plain_scales,
     "scalearn_pp": plain_scales,
     "scalearn_uniform_pp": plain_scales,
+    "cat": plain_scales,
     "average": plain_average,
     "pruned": plain_attention,
     "continued": plain_source,
@@ -116,7 +142,17 @@ def built(name: str, shared: Any = None) -> tuple[SlotModule, dict[int, Bottlene
 
 def share_of(name: str) -> Any:
     share = COMPOSITIONS[name].share
-    return None if share is None else share(TOTAL, HIDDEN)
+    settings = CompositionConfig(name, **NEEDED.get(name, {}))
+    return None if share is None else share(settings, SlotSources(sources_of(name), TOTAL, hidden_size=HIDDEN))
+
+
+def context(module: SlotModule, x: Tensor, **values: Any) -> BatchContext:
+    """The context of a batch, with the weights of the module's gate, if any, computed from x."""
+    of_batch = BatchContext(MASK, **values)
+    for gate in module.modules():
+        if isinstance(gate, Gate):
+            of_batch.gates[gate.key] = gate(x, of_batch)
+    return of_batch
 
 
 @pytest.mark.parametrize("off", [None, 2])
@@ -127,7 +163,7 @@ def test_every_composition_computes_its_equation(name: str, off: int | None) -> 
     x = test_sequence.texts()
     on = [n for n in range(TOTAL) if n != off]
     sources_on = None if off is None else torch.tensor([n in on for n in range(TOTAL)])
-    found = module(x, BatchContext(MASK, sources_on=sources_on))
+    found = module(x, context(module, x, sources_on=sources_on))
     expected = REFERENCES[name](module, x, sources, on)
     assert found.shape == x.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -139,7 +175,7 @@ def test_every_composition_computes_its_equation(name: str, off: int | None) -> 
         zero = torch.zeros((), dtype=x.dtype)
         pair = zero if here is None else here, zero if there is None else there
         torch.testing.assert_close(*pair, rtol=0, atol=1e-10)
-    merged = module.eval().merged()(x, BatchContext(MASK, sources_on=sources_on))
+    merged = module.eval().merged()(x, context(module, x, sources_on=sources_on))
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-10)
 
 
@@ -163,8 +199,8 @@ def test_each_text_has_its_own_sources_and_fold(name: str) -> None:
     seen: dict[str, Tensor] = {}
     for folds in ([1, 0, -1], None):
         chosen = None if folds is None else torch.tensor(folds)
-        context = BatchContext(MASK, sources_on=on, folds=chosen, record=seen.__setitem__, slot="0.feedforward")
-        found = module(x, context)
+        of_batch = context(module, x, sources_on=on, folds=chosen, record=seen.__setitem__, slot="0.feedforward")
+        found = module(x, of_batch)
         for text in range(3):
             fold = -1 if folds is None else folds[text]
             main = sources if fold < 0 else {**sources, own: of_folds[fold]}
@@ -178,7 +214,7 @@ def test_each_text_has_its_own_sources_and_fold(name: str) -> None:
             weighed = seen["0.feedforward"][text].ne(0).any(0).tolist()
             assert [n for n in range(TOTAL) if weighed[n]] == active[text]
     wanted = [x, *module.parameters()]
-    none = BatchContext(MASK, sources_on=torch.zeros_like(on), folds=chosen)
+    none = context(module, x, sources_on=torch.zeros_like(on), folds=chosen)
     for gradient in torch.autograd.grad(module(x, none).sum(), wanted, allow_unused=True):
         assert gradient is None or (gradient.isfinite().all() and not gradient.any())
 
@@ -187,7 +223,8 @@ def test_each_text_has_its_own_sources_and_fold(name: str) -> None:
 def test_weights_of_the_sources_are_reported_as_declared(name: str) -> None:
     module, sources = built(name, share_of(name))
     seen: dict[str, Tensor] = {}
-    module(test_sequence.texts(), BatchContext(MASK, record=seen.__setitem__, slot="0.feedforward"))
+    x = test_sequence.texts()
+    module(x, context(module, x, record=seen.__setitem__, slot="0.feedforward"))
     if COMPOSITIONS[name].no_weights:
         assert seen == {}
         return
@@ -203,12 +240,12 @@ def test_layers_share_one_parameter() -> None:
         shared = share_of(name)
         (one, _), (two, _) = built(name, shared), built(name, shared)
         same = [p is q for p, q in zip(one.parameters(), two.parameters(), strict=True)]
-        if isinstance(shared, nn.Parameter):
-            assert same == [True]
+        if isinstance(shared, nn.Parameter | Gate):
+            assert all(same)
             sharing.append(name)
         else:
             assert not any(same)
-    assert {"scalearn_pp", "scalearn_uniform_pp"} <= set(sharing)
+    assert sharing == ["lora_flow", "scalearn_pp", "scalearn_uniform_pp", "cat"]
 
 
 def test_an_unknown_composition_is_refused() -> None:
@@ -258,11 +295,15 @@ def test_keys_are_the_fields_and_nothing_else() -> None:
         assert {key for key in keys if key.startswith(f"{group}.")} == {f"{group}.{f.name}" for f in fields(config)}
 
 
-OTHER = {"prior": "own", "dropped": "own", "cross_fit": 2, "prior_own": 0.25}
+OTHER = {
+    **{"prior": "own", "dropped": "own", "cross_fit": 2, "prior_own": 0.25},
+    **{"gate": "layer", "merge": "ties", "density": 0.25},
+}
 WITH: dict[str, dict[str, Any]] = {  # settings without which another has no effect
     "prior_own": {"prior": "own"},
     "prior_penalty": {"prior": "uniform"},
     "dropped": {"source_dropout": 0.5},
+    "density": {"merge": "ties"},
 }
 
 
@@ -302,6 +343,8 @@ def test_each_name_has_settings_that_are_fields_and_refuses_the_others(table: An
         ({"prior_own": 0.9, "prior": "uniform"}, "composition.prior_own=0.9: has no effect"),
         ({"prior_penalty": 0.1}, "has no effect without composition.prior=uniform or own; leave it out"),
         ({"dropped": "own"}, "composition.dropped=own: has no effect without composition.source_dropout=0.5"),
+        ({"name": "average", "density": 0.1}, "has no effect without composition.merge=ties or dare; leave it out"),
+        ({"gate": "head"}, "composition.gate=head: expected one of slot, layer, model, or null for slot, or layer for"),
         ({"prior": "mine"}, "composition.prior=mine: expected one of uniform, own, or null for none"),
         ({"source_dropout": 1.0}, "composition.source_dropout=1.0: expected a finite number >= 0 and < 1"),
         ({"cross_fit": 1}, "composition.cross_fit=1: expected a whole number >= 2, or null for the own adapter itself"),
