@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig, run: Run) -> dict[str, Any]:
     from fusion.model.inference import load_model
     from fusion.training.predictions import write_predictions
 
-    loaded = load_model(config)
+    loaded = load_model(config, fold=True)
     found = evaluate_model(loaded, config, rows_progress)
     for line in found.lines:
         say(line)

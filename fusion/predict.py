@@ -66,7 +66,7 @@ def main(config: PredictConfig, run: Run) -> dict[str, Any]:
     from fusion.data.rows import rows_of_file
     from fusion.model.inference import load_model, predict
 
-    loaded = load_model(config)
+    loaded = load_model(config, fold=not config.attention)
     manifest, backbone = loaded.artifact.manifest, loaded.backbone
     head = select_head(manifest, config.task)
     rows = rows_of_file(head.task, Path(config.input), config.data.quoting)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 EVERYWHERE = ("errors", "text", "files", "locks")
 PACKAGES = (
     *("layers", "hub", "tasks", "backbones", "config", "data", "store", "runs"),
-    *("reporting", "tracking", "model", "training", "analysis", "stages", "cli"),
+    *("reporting", "tracking", "model", "formats", "training", "analysis", "stages", "cli"),
 )
 COMMANDS = ("stage1", "stage2", "select", "rank", "evaluate", "predict", "inspect", "report", "compare", "sync")
 LIBRARIES = {
@@ -33,7 +33,7 @@ LIBRARIES = {
     "datasets": {"data"},
     "peft": {"backbones"},
     "nervaluate": {"tasks"},
-    "safetensors": {"store", "data", "training", "backbones", "model"},
+    "safetensors": {"store", "data", "training", "backbones", "model", "formats"},
     "pydantic": {"store", "analysis"},
     "filelock": {"locks"},
 }

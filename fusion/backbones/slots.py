@@ -141,6 +141,10 @@ class Slot:
         """Register the slot's hooks on a layer."""
         raise NotImplementedError
 
+    def fold(self) -> bool:
+        """Replace the slot by a change of the backbone's weights, for inference; `False` if that is not possible."""
+        return False
+
     @property
     def inactive(self) -> bool:
         """Whether the slot is inactive in the current batch."""
@@ -280,9 +284,29 @@ class LinearLayer(Slot):
 
     order = 0
     linear: str
+    _linear: Any = field(init=False, repr=False)
+    _hook: Any = field(init=False, repr=False)
 
     def attach(self, layer: nn.Module) -> None:
-        layer.get_submodule(self.linear).register_forward_hook(self._after)
+        self._linear = layer.get_submodule(self.linear)
+        self._hook = self._linear.register_forward_hook(self._after)
+
+    def fold(self) -> bool:
+        """Add the update to the weight and the bias, if it is a linear map."""
+        from torch import nn
+
+        update = self.module.linear_map()
+        if update is None:
+            return False
+        linear, weight = self._linear, self._linear.weight
+        # New parameters, since other models may share the old ones. transformers' Conv1D stores the transposed matrix.
+        added = weight.double() + (update.weight if isinstance(linear, nn.Linear) else update.weight.T)
+        linear.weight = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+        if linear.bias is not None or update.bias.any():
+            bias = update.bias if linear.bias is None else linear.bias.double() + update.bias
+            linear.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+        self._hook.remove()
+        return True
 
     def _after(self, linear: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output if self.inactive else output + self.update(inputs[0])

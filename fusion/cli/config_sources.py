@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
@@ -16,6 +17,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from fusion.config.compositions import COMPOSITIONS
 from fusion.config.methods import METHODS
+from fusion.config.model import BackboneConfig
 from fusion.errors import UserError
 from fusion.files import resolve_path
 from fusion.text import OTHER_TYPE
@@ -66,6 +68,18 @@ class UserConf(SearchPathPlugin):
 
 
 Plugins.instance().register(UserConf)
+
+
+def backbone_config(name: str) -> BackboneConfig:
+    """Return the settings of a YAML file of the group `backbone`, or of a model with this name or path."""
+    files = (folder / "backbone" / f"{name}.yaml" for folder in (conf_folder(), *user_conf_folders()))
+    for file in files:
+        if file.is_file():
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            if unknown := content.keys() - {field.name for field in fields(BackboneConfig)}:
+                raise UserError(f"{file}: unknown key {min(unknown)}")
+            return BackboneConfig(**content)
+    return BackboneConfig(name_or_path=name)
 
 
 def groups() -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fusion.layers.bottleneck import NONLINEARITIES, BottleneckAdapter
-from fusion.layers.slot_module import BatchContext, SlotModule
+from fusion.layers.slot_module import BatchContext, LinearMap, SlotModule
 
 
 class Sources(nn.Module):
@@ -134,12 +134,11 @@ class AdapterBank(Sources):
         with torch.no_grad():
             for adapter in adapters:
                 padding, scaling = size - adapter.down.out_features, adapter.scaling
-                bias = adapter.down.bias is not None
                 down.append(F.pad(adapter.down.weight, (0, 0, 0, padding)))
                 up.append(F.pad(adapter.up.weight * scaling, (0, padding)))
                 zero = adapter.down.weight.new_zeros
-                down_bias.append(F.pad(adapter.down.bias, (0, padding)) if bias else zero(size))
-                up_bias.append(adapter.up.bias * scaling if bias else zero(output_size))
+                down_bias.append(zero(size) if adapter.down.bias is None else F.pad(adapter.down.bias, (0, padding)))
+                up_bias.append(zero(output_size) if adapter.up.bias is None else adapter.up.bias * scaling)
         self.register_buffer("down_weight", torch.cat(down))  # (N·R, D_in)
         self.register_buffer("down_bias", torch.cat(down_bias))  # (N·R,)
         self.register_buffer("up_weight", torch.cat(up, dim=1))  # (D_out, N·R)
@@ -153,6 +152,18 @@ class AdapterBank(Sources):
         """Compute Σ_n p_n u_n: p (B, T, N), (B, 1, N) or (N,), z (B, T, N, R) -> (B, T, D_out)."""
         p = p.to(z.dtype)
         return F.linear((p.unsqueeze(-1) * z).flatten(-2), self.up_weight) + p @ self.up_bias
+
+    @torch.no_grad()
+    def linear_map(self, scales: Tensor) -> LinearMap | None:
+        """Return Σ_n ω_n ⊙ u_n with all adapters active as a map of x, given ω (N, D_out) or (N, 1), if every σ is the
+        identity.
+        """
+        if set(self.nonlinearities) != {"identity"} or self.folds is not None:
+            return None
+        scales = scales.double()
+        up = self.up_weight.double().unflatten(1, (len(self), -1)) * scales.T.unsqueeze(-1)  # (D_out, N, R)
+        bias = up.flatten(1) @ self.down_bias.double() + (scales * self.up_bias.double()).sum(0)
+        return LinearMap(up.flatten(1) @ self.down_weight.double(), bias)
 
 
 class TaskSwitch(SlotModule):

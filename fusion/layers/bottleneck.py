@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fusion.layers.slot_module import BatchContext, SlotModule
+from fusion.layers.slot_module import BatchContext, LinearMap, SlotModule
 
 NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -38,6 +38,7 @@ class BottleneckAdapter(SlotModule):
             deviations (Houlsby et al. 2019, §3.6); `zero_up`: Kaiming down and zero up, so that the slot is initially
             the identity (He et al. 2021).
         bias: whether to use bd and bu.
+        up_bias: whether to use bu, if different from `bias`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class BottleneckAdapter(SlotModule):
         init: str = "bert",
         output_size: int | None = None,
         bias: bool = True,
+        up_bias: bool | None = None,
     ) -> None:
         super().__init__()
         output_size = hidden_size if output_size is None else output_size
@@ -64,7 +66,7 @@ class BottleneckAdapter(SlotModule):
             raise ValueError(f"scaling {scaling!r}: expected a number or 'learned'")
         self.scaling = nn.Parameter(torch.ones(())) if isinstance(scaling, str) else float(scaling)
         self.down = nn.Linear(hidden_size, bottleneck_size, bias)
-        self.up = nn.Linear(bottleneck_size, output_size, bias)
+        self.up = nn.Linear(bottleneck_size, output_size, bias if up_bias is None else up_bias)
         self.dropout = nn.Dropout(dropout)
         self._initialize(init)
 
@@ -92,6 +94,17 @@ class BottleneckAdapter(SlotModule):
             u = u * self.scaling
         return self.dropout(u)
 
+    def linear_map(self) -> LinearMap | None:
+        """Return s Wu Wd and s (Wu bd + bu), if σ is the identity."""
+        if self.nonlinearity != "identity":
+            return None
+        with torch.no_grad():
+            scaling, up = float(self.scaling), self.up.weight.double()
+            bias = torch.zeros(up.shape[0], dtype=up.dtype, device=up.device)
+            bias = bias if self.down.bias is None else bias + up @ self.down.bias.double()
+            bias = bias if self.up.bias is None else bias + self.up.bias.double()
+            return LinearMap(scaling * up @ self.down.weight.double(), scaling * bias)
+
 
 class WithTargetAdapter(SlotModule):
     """o + u_target: a composition of frozen sources plus a trainable adapter.
@@ -118,3 +131,10 @@ class WithTargetAdapter(SlotModule):
     def merged(self) -> WithTargetAdapter:
         """Return the module with a merged composition."""
         return WithTargetAdapter(self.composition.merged(), self.target)
+
+    def linear_map(self) -> LinearMap | None:
+        """Return the sum of both maps, if both are linear."""
+        one, other = self.composition.linear_map(), self.target.linear_map()
+        if one is None or other is None:
+            return None
+        return LinearMap(one.weight + other.weight, one.bias + other.bias)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fusion.layers.attention import masked_softmax
 from fusion.layers.bank import AdapterBank
 from fusion.layers.bottleneck import BottleneckAdapter
-from fusion.layers.slot_module import BatchContext, SlotModule
+from fusion.layers.slot_module import BatchContext, LinearMap, SlotModule
 
 
 class MeanMixture(SlotModule):
@@ -36,6 +36,10 @@ class MeanMixture(SlotModule):
         if batch.record is not None:
             batch.record(batch.slot, bank.spread(p.expand(*x.shape[:-1], len(bank))))
         return bank.weighted_sum(p, bank.bottlenecks(x))
+
+    def linear_map(self) -> LinearMap | None:
+        p = masked_softmax(self._scores(self.bank.up_bias), None)
+        return self.bank.linear_map(p.unsqueeze(1))
 
 
 class StaticMixture(MeanMixture):
@@ -91,6 +95,9 @@ class ScaLearn(SlotModule):
             return F.linear(z.flatten(-2), up, up_bias.sum(0))
         active = on.to(z.dtype)  # (N,) or (B, 1, N)
         return F.linear((z * active.unsqueeze(-1)).flatten(-2), up) + active @ up_bias
+
+    def linear_map(self) -> LinearMap | None:
+        return self.bank.linear_map(self.scales[self.bank.source_positions if self.shared else self.bank.places])
 
 
 def initial_scales(count: int, width: int) -> nn.Parameter:
@@ -169,3 +176,6 @@ class FrozenAdapter(SlotModule):
     def forward(self, x: Tensor, batch: BatchContext) -> Tensor:
         """x: (B, T, D) -> u: (B, T, D)."""
         return self.bank.weighted_sum(x.new_ones(1), self.bank.bottlenecks(x))
+
+    def linear_map(self) -> LinearMap | None:
+        return self.bank.linear_map(self.bank.up_bias.new_ones(1, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -47,6 +48,13 @@ class BatchContext:
     gates: dict[str, Tensor] = field(default_factory=dict)
 
 
+class LinearMap(NamedTuple):
+    """The map x -> W x + b, in float64."""
+
+    weight: Tensor  # (D_out, D_in)
+    bias: Tensor  # (D_out,)
+
+
 class SlotModule(nn.Module):
     """Base class of slot modules. `forward` keeps no state between calls."""
 
@@ -67,6 +75,10 @@ class SlotModule(nn.Module):
     def merged(self) -> SlotModule:
         """Return an equivalent module for faster inference; by default the module itself."""
         return self
+
+    def linear_map(self) -> LinearMap | None:
+        """Return the update as a linear map of x if all sources are active and it is one, else `None`."""
+        return None
 
 
 def parameters_of(slot_modules: Mapping[str, SlotModule]) -> dict[str, Parameter]:

@@ -266,14 +266,22 @@ class AdaptedModel(nn.Module):
         """Indices of the layers with a slot, in ascending order."""
         return sorted({slot.address.layer for slot in self._slot_list})
 
-    def merged(self) -> AdaptedModel:
+    def merged(self, fold: bool = False) -> AdaptedModel:
         """Merge matrices in place for faster inference. Logits stay the same up to rounding.
 
-        Afterwards the model can no longer be trained or stored.
+        Afterwards the model can no longer be trained or stored. With `fold`, constant updates of linear layers (LoRAs,
+        and compositions of LoRAs whose weights do not depend on the text) are added to the weights of the backbone;
+        `sources_on`, `record` and `first_layer` then have no effect on them.
         """
+        remaining = []
         for slot in self._slot_list:
             slot.module = slot.module.merged()
             self.slots.set_submodule(slot.address.path, slot.module)
+            if fold and slot.fold():
+                self.slots.set_submodule(slot.address.path, nn.Identity())
+            else:
+                remaining.append(slot)
+        self._slot_list = remaining
         self.tuning.merge()
         return self.eval()
 

@@ -68,6 +68,22 @@ def backbone_of(
     return load.load_backbone(name, revision, trust, max_length, dtype, stored.encoder_only, accept)
 
 
+def describe_backbone(config: BackboneConfig, backbone: Backbone) -> dict[str, Any]:
+    """Return the entry `backbone` of the manifest."""
+    return {
+        "name_or_path": config.name_or_path,
+        "revision": config.revision,
+        "fingerprint": backbone.fingerprint,
+        "dtype": config.dtype,
+        "family": backbone.family.name,
+        "hidden_size": backbone.hidden_size,
+        "layers": backbone.layers,
+        **({} if "" in backbone.depths else {"stacks": backbone.depths}),
+        "tokenizer": backbone.tokenizer_hash,
+        **({"trust_remote_code": True} if config.trust_remote_code else {}),
+    }
+
+
 def new_adapters(config: AdapterConfig, backbone: Backbone) -> dict[str, BottleneckAdapter]:
     """Return a new adapter for each slot of the placement, by slot name; with `shared`, one per site for all layers.
 
@@ -237,13 +253,16 @@ def check_trained_on(artifact: Artifact, backbone: Backbone) -> None:
         )
 
 
-def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0) -> AdaptedModel:
+def stored_model(
+    artifact: Artifact, store: Path, backbone: Backbone, drop: int = 0, fold: bool = False
+) -> AdaptedModel:
     """Return the model of an artifact for inference; the sources of a fusion are read from the store.
 
     Raises UserError if a source is missing, or the artifact was trained with a different backbone or source.
 
     Args:
         drop: number of first layers without slot modules (AdapterDrop, Rücklé et al. 2021).
+        fold: see `AdaptedModel.merged`; a single LoRA is always folded.
     """
     manifest = artifact.manifest
     check_trained_on(artifact, backbone)
@@ -256,7 +275,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         check_trained_on(source, backbone)
     slot_modules: Mapping[str, SlotModule] = {}
     tuning = None
-    if manifest.adapter is not None:
+    if manifest.adapter is not None or manifest.lora is not None:
         slot_modules = stored_adapters(artifact)
     else:
         _check_weights(artifact, [source.manifest for source in sources])
@@ -264,7 +283,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
         fused = manifest.composition
         slot_modules = build_composition(fused.settings, sources, backbone, fused.chosen, manifest.task.name)
         copy_stored(parameters_of(slot_modules), artifact.weights, artifact.path / WEIGHTS)
-    elif manifest.method is not None:
+    elif manifest.method is not None and manifest.lora is None:
         method = manifest.method
         if method.definition.check_stored is not None:
             method.definition.check_stored(method, artifact.weights, artifact.path / WEIGHTS)
@@ -275,7 +294,7 @@ def stored_model(artifact: Artifact, store: Path, backbone: Backbone, drop: int 
     reads = sources[0].manifest.reads if sources else manifest.reads
     model = AdaptedModel(backbone, kept, reads, described_head(manifest), tuning=tuning)
     copy_stored(model.head.state(), artifact.head, artifact.path / HEAD)
-    return model.merged()
+    return model.merged(fold or manifest.lora is not None)
 
 
 def initialize_from(config: StageConfig, model: AdaptedModel, backbone: Backbone) -> Manifest | None:

@@ -39,6 +39,7 @@ def described_adapters(manifest: Manifest) -> dict[str, BottleneckAdapter]:
                 init="zero_up",
                 output_size=one.output_size,
                 bias=False,
+                up_bias=one.bias,
             )
             for slot, one in manifest.lora.items()
         }
@@ -51,11 +52,12 @@ def lora_names(manifest: Manifest, parameters: Mapping[str, Parameter]) -> dict[
     """Return parameters with the names that peft uses in files: `….query.lora_A.weight` for `0.attention.query.down`."""
     slots = FAMILIES[manifest.backbone.family].linear_slots(manifest.backbone.depths)
     modules = {slot: path for path, slot in slots.items()}
-    endings = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight"}
+    endings = {"down.weight": "lora_A.weight", "up.weight": "lora_B.weight", "up.bias": "lora_B.bias"}
     return {
         f"{modules[slot]}.{endings[ending]}": parameters[f"{slot}.{ending}"]
         for slot in manifest.bottleneck_sizes
         for ending in endings
+        if f"{slot}.{ending}" in parameters
     }
 
 
@@ -188,7 +190,7 @@ def weight_shapes(manifest: Manifest, sources: Sequence[Manifest], path: Path) -
 
 def head_shapes(manifest: Manifest, path: Path) -> Shapes:
     """Return the shapes in the head file: `output.weight`, or `TASK.output.weight` for multiple tasks."""
-    return _shapes(lambda: described_head(manifest).state(), path)
+    return {} if not manifest.heads else _shapes(lambda: described_head(manifest).state(), path)
 
 
 class _WithoutValues(TorchFunctionMode):

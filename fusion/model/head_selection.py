@@ -36,6 +36,7 @@ def select_heads(manifest: Manifest, task: TaskConfig | None) -> list[SelectedHe
     If `task` is `None`, return all heads. Raises UserError if not exactly one head matches the task, or this version
     cannot run a stored task.
     """
+    manifest.check_head()
     try:
         tasks = [stored.as_config(f"manifest of {manifest.name}") for stored in manifest.tasks]
     except UserError as error:  # the message may quote a long string of the manifest

@@ -59,13 +59,16 @@ class Predictions:
     tokens: int
 
 
-def load_model(config: UseConfig) -> LoadedModel:
-    """Load the artifact that a command uses. Raises UserError if anything is missing or incompatible."""
+def load_model(config: UseConfig, fold: bool = False) -> LoadedModel:
+    """Load the artifact that a command uses; with `fold`, see `AdaptedModel.merged`.
+
+    Raises UserError if anything is missing or incompatible.
+    """
     device = device_of(config.accelerator)
     artifact = load(config.artifact, Path(config.store))
     max_length = config.data.max_length or artifact.manifest.data.max_length
     backbone = backbone_of(artifact.manifest, config.backbone, max_length)
-    model = stored_model(artifact, artifact.path.parent, backbone, config.drop)
+    model = stored_model(artifact, artifact.path.parent, backbone, config.drop, fold)
     return LoadedModel(artifact, model, backbone, max_length, device)
 
 

@@ -162,7 +162,7 @@ def _evaluate(config: SelectConfig, artifact: str, splits: Sequence[tuple[str, F
     trust_remote_code, accept_licence = config.backbone.trust_remote_code, config.backbone.accept_licence
     backbone = SameBackboneConfig(trust_remote_code=trust_remote_code, accept_licence=accept_licence)
     use = EvaluateConfig(artifact, config.store, config.data, backbone, config.trainer.accelerator, task=config.task)
-    loaded, found = load_model(use), []
+    loaded, found = load_model(use, fold=True), []
     for split, fold in splits:
         data = replace(config.data, validation_fold=None if fold is None else str(fold))
         found.append(evaluate_model(loaded, replace(use, split=split, data=data), lambda *_: contextlib.nullcontext()))

@@ -48,17 +48,18 @@ OPTIONAL = ("method", "multitask", "checksum", "lora")  # keys that may be missi
 class Manifest(Part):
     """Everything needed to rebuild the model of an artifact, and its provenance.
 
-    `task` and `head` of a multi-task artifact are those of its first task. `files` is empty until it is saved.
+    `task` and `head` of a multi-task artifact are those of its first task; an imported LoRA has neither. `files` is empty
+    until it is saved.
     """
 
     format_version: Literal[1]
     kind: Annotated[str, one_of(KINDS)]
     name: Name
-    task: StoredTask
+    own_task: StoredTask | None = Field(alias="task")
     backbone: Backbone
     adapter: Adapter | None
     composition: Composition | None
-    head: Head
+    own_head: Head | None = Field(alias="head")
     sources: list[Source]
     data: Data
     metrics: dict[str, dict[str, float | None]]
@@ -123,7 +124,8 @@ class Manifest(Part):
         except (UserError, TypeError, ValueError) as error:  # from the dataclasses of fusion.config
             raise UserError(f"{where}: {first_line(error)}") from None
         # In the order of the schema, omitting optional keys that are null.
-        known = [key for key in cls.model_fields if key not in OPTIONAL or content.get(key) is not None]
+        keys = [field.alias or name for name, field in cls.model_fields.items()]
+        known = [key for key in keys if key not in OPTIONAL or content.get(key) is not None]
         manifest._content = {key: content[key] for key in known if key != "checksum"}
         return manifest
 
@@ -189,12 +191,37 @@ class Manifest(Part):
         return {} if self.adapter is None else self.adapter.bottleneck_sizes
 
     @property
+    def task(self) -> StoredTask:
+        """The task that the artifact was trained on. Raises UserError like `check_head`."""
+        self.check_head()
+        assert self.own_task is not None
+        return self.own_task
+
+    @property
+    def head(self) -> Head:
+        """The head. Raises UserError like `check_head`."""
+        self.check_head()
+        assert self.own_head is not None
+        return self.own_head
+
+    def check_head(self) -> None:
+        """Raise UserError if the artifact was imported without a task and a head."""
+        if self.own_head is None:
+            raise UserError(
+                f"{self.name} was imported without a task and a head: use it as a source of python -m fusion.stage2"
+            )
+
+    @property
     def tasks(self) -> list[StoredTask]:
-        return [self.task] if self.multitask is None else [one.task for one in self.multitask.values()]
+        if self.multitask is not None:
+            return [one.task for one in self.multitask.values()]
+        return [] if self.own_task is None else [self.own_task]
 
     @property
     def heads(self) -> list[Head]:
-        return [self.head] if self.multitask is None else [one.head for one in self.multitask.values()]
+        if self.multitask is not None:
+            return [one.head for one in self.multitask.values()]
+        return [] if self.own_head is None else [self.own_head]
 
     @property
     def task_names(self) -> list[str]:
@@ -219,6 +246,9 @@ def _check_kind(manifest: Manifest) -> None:
     for key in ("adapter", "composition", "method"):
         if (getattr(manifest, key) is None) == (key == part):
             raise UserError(f"{key} is {'null' if key == part else 'set'} in an artifact of kind {kind}")
+    without_task = manifest.own_task is None
+    if without_task != (manifest.own_head is None) or (without_task and manifest.lora is None):
+        raise UserError("task and head: expected both, or neither for an imported LoRA")
     if (kind == "fusion") != bool(manifest.sources):
         raise UserError(f"sources has {len(manifest.sources)} entries in an artifact of kind {kind}")
     if duplicates := repeated(source.name for source in manifest.sources):

@@ -106,12 +106,13 @@ class Adapter(WithSettings):
 
 
 class LowRankUpdate(Part):
-    """A LoRA at one linear layer: scaling · B A, with A (rank, input_size) and B (output_size, rank)."""
+    """A LoRA at one linear layer: scaling · (B A x + b), with A (rank, input_size) and B (output_size, rank)."""
 
     rank: Count
     scaling: float
     input_size: Count
     output_size: Count
+    bias: bool = False  # whether there is b
 
 
 class Composition(WithSettings):

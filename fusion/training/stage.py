@@ -19,6 +19,7 @@ from fusion.backbones.load import Backbone
 from fusion.config.stages import StageConfig
 from fusion.errors import TrainingError
 from fusion.model.adapted import AdaptedModel
+from fusion.model.build import describe_backbone
 from fusion.model.feature_cache import cache_features
 from fusion.runs.output import RunOutput, result_of
 from fusion.runs.provenance import circumstances, versions
@@ -237,18 +238,7 @@ def _manifest_of(spec: StageSpec, fitted: Fit, result: dict[str, Any], origin: d
         seed=config.seed,
         versions=versions(),
         result=result,
-        backbone={
-            "name_or_path": config.backbone.name_or_path,
-            "revision": config.backbone.revision,
-            "fingerprint": backbone.fingerprint,
-            "dtype": config.backbone.dtype,
-            "family": backbone.family.name,
-            "hidden_size": backbone.hidden_size,
-            "layers": backbone.layers,
-            **({} if "" in backbone.depths else {"stacks": backbone.depths}),
-            "tokenizer": backbone.tokenizer_hash,
-            **({"trust_remote_code": True} if config.backbone.trust_remote_code else {}),
-        },
+        backbone=describe_backbone(config.backbone, backbone),
         head=heads[0],
         multitask=multitask if len(tasks) > 1 else None,
         data={

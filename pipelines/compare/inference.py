@@ -72,7 +72,7 @@ def measure(
     for artifact in artifacts:
         try:
             stored = load(artifact, store)
-            model = stored_model(stored, store, backbone_in(stored.manifest.backbone.dtype).copy())
+            model = stored_model(stored, store, backbone_in(stored.manifest.backbone.dtype).copy(), fold=True)
             runs = {"bare": run_bare, "model": runner(model.to(device).eval())}
             with torch.inference_mode():
                 timed = rounds(runs, batches, MAX_ROUNDS, SECONDS / len(artifacts))

@@ -133,7 +133,9 @@ def test_wrong_value_is_named(make_manifest: Make, key: str, value: Any, message
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("key", [key for key in Manifest.model_fields if key not in OPTIONAL])
+@pytest.mark.parametrize(
+    "key", [field.alias or key for key, field in Manifest.model_fields.items() if key not in OPTIONAL]
+)
 def test_missing_key_is_named(make_manifest: Make, key: str) -> None:
     values = values_of(make_manifest())
     del values[key]
