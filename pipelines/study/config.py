@@ -38,7 +38,7 @@ METRICS = {"qqp": ("accuracy", "f1"), "mrpc": ("accuracy", "f1")}
 
 
 class StudyMethod(NamedTuple):
-    """A method of the study. Its overrides may contain {own} and {sources}."""
+    """A method of the study. Its overrides may contain {own}, {sources} and {loras}, LoRAs of the same tasks."""
 
     title: str
     module: str
@@ -49,6 +49,11 @@ class StudyMethod(NamedTuple):
     def uses_own(self) -> bool:
         """Whether the target's own adapter is among the sources."""
         return "{own}" in self.overrides
+
+    @property
+    def uses_loras(self) -> bool:
+        """Whether the sources are LoRAs."""
+        return "{loras}" in self.overrides
 
 
 _FUSION = "composition=adapterfusion sources=[{sources}"
@@ -78,7 +83,19 @@ METHODS: dict[str, StudyMethod] = {
     "continued": StudyMethod(
         "best source, continued", STAGE2, "composition=continued sources=[{sources}]", (5e-4, 1e-3, 2e-3)
     ),
+    "lora": StudyMethod("single LoRA", STAGE1, "method=lora", (1e-3, 2e-3, 5e-3)),
+    "lora_fusion": StudyMethod(
+        "fusion of LoRAs", STAGE2, "composition=adapterfusion sources=[{loras}]", (5e-4, 1e-3, 2e-3)
+    ),
+    "lora_flow": StudyMethod("LoRA-Flow", STAGE2, "composition=lora_flow sources=[{loras}]", (1e-3, 2e-3, 5e-3)),
+    "lora_cat": StudyMethod("CAT", STAGE2, "composition=cat sources=[{loras}]", (2e-3, 5e-3, 1e-2)),
+    "lora_scalearn": StudyMethod(
+        "ScaLearn of LoRAs", STAGE2, "composition=scalearn sources=[{loras}]", (2e-3, 5e-3, 1e-2)
+    ),
+    "lora_arrow": StudyMethod("Arrow", STAGE2, "composition=arrow sources=[{loras}]", (2e-3, 5e-3, 2e-2)),
 }
+ADAPTERS_ONLY = tuple(name for name in METHODS if "lora" not in name)
+LORA = "-lora"  # ends the names of source LoRAs
 
 
 @dataclass
@@ -90,7 +107,7 @@ class StudyConfig(Settings):
     rows: list[int] = distinct([100, 1000])
     seeds: list[int] = distinct([1, 2, 3, 4, 5])
     methods: list[str] = checked(
-        list(METHODS),
+        list(ADAPTERS_ONLY),
         lambda ids: 0 < len(ids) == len(set(ids)) and set(ids) <= METHODS.keys(),
         f"some of {', '.join(METHODS)}",
     )
@@ -113,6 +130,9 @@ class StudyConfig(Settings):
     source_overrides: list[str] = field(
         default_factory=lambda: ["data.max_length=96", "trainer.max_epochs=3", "optim.lr=1e-3"]
     )
+    lora_overrides: list[str] = field(  # of the source LoRAs
+        default_factory=lambda: ["data.max_length=96", "trainer.max_epochs=3", "optim.lr=2e-3", "method=lora"]
+    )
     report: bool = False
 
     def fingerprint(self, method: str) -> str:
@@ -121,7 +141,8 @@ class StudyConfig(Settings):
         definitions = [
             METHODS[one].overrides for one in (method, BASELINE) if one == method or METHODS[method].uses_own
         ]
-        content = json.dumps([*used, self.overrides, self.source_overrides, *definitions])
+        sources = self.lora_overrides if METHODS[method].uses_loras else self.source_overrides
+        content = json.dumps([*used, self.overrides, sources, *definitions])
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
     @property

@@ -18,7 +18,7 @@ from fusion.files import read_json
 from fusion.locks import LOCKS, lock
 from fusion.store.lookup import names
 from pipelines.commands import attempt, examples, say, task_config
-from pipelines.study.config import BASELINE, FOLDS, METHODS, METRICS, STAGE1, StudyConfig
+from pipelines.study.config import BASELINE, FOLDS, LORA, METHODS, METRICS, STAGE1, StudyConfig
 from pipelines.study.results import Cell, append_results, best_rate, read_results
 
 _HELD_OUT_SEED = 20_261_201
@@ -79,7 +79,11 @@ class Study:
         first, *others = config.seeds
         self._each("splits", config.targets, partial(write_splits, config))
         sources = {source for target in config.targets for source in config.sources_of(target)}
-        self._each("source", sorted(sources), self.train_source)
+        used = [METHODS[one] for one in config.methods]
+        if any("{sources}" in one.overrides for one in used):
+            self._each("source", sorted(sources), self.train_source, "", config.source_overrides)
+        if any(one.uses_loras for one in used):
+            self._each("source", sorted(sources), self.train_source, LORA, config.lora_overrides)
         for rows in config.rows:
             for method in config.order:
                 what = f"{rows}-{method}"
@@ -102,14 +106,15 @@ class Study:
                     busy.append(task)
         self.results = read_results(self.config)
 
-    def train_source(self, source: str) -> None:
-        config = self.config
-        if source in names(config.store):
+    def train_source(self, source: str, ending: str, overrides: Sequence[str]) -> None:
+        """Train the adapter or LoRA of a source, named SOURCE + ending, unless it is stored."""
+        config, name = self.config, f"{source}{ending}"
+        if name in names(config.store):
             return
         place = [f"data.dir={config.data_dir}"] if config.data_dir and task_config(source).corpus is None else []
         limits = [f"data.limit.train={config.source_rows}", "data.limit.validation=300"]
-        words = [f"+task={source}", *config.shared, *place, *limits, *config.source_overrides]
-        run(STAGE1, [*words, f"hydra.run.dir={config.output}/runs/source-{source}"])
+        words = [f"+task={source}", f"name={name}", *config.shared, *place, *limits, *overrides]
+        run(STAGE1, [*words, f"hydra.run.dir={config.output}/runs/source-{name}"])
 
     def train(self, target: str, rows: int, method: str, seeds: Sequence[int], rates: Sequence[float]) -> None:
         """Train a method with each seed and learning rate that has no result, evaluate, and append the results."""
@@ -129,7 +134,9 @@ class Study:
             own_rate = best_rate(self.results, config, rows, BASELINE)  # trained before, see StudyConfig.order
             own = artifact_name(target, rows, BASELINE, "${seed}", f"{own_rate:g}")
             self._train_own(target, rows, seeds, own_rate, own, folds="cross_fit" in definition.overrides)
-        words = definition.overrides.format(own=own, sources=",".join(config.sources_of(target))).split()
+        sources = config.sources_of(target)
+        loras = ",".join(f"{source}{LORA}" for source in sources)
+        words = definition.overrides.format(own=own, sources=",".join(sources), loras=loras).split()
         swept = [f"seed={','.join(map(str, seeds))}", f"optim.lr={','.join(map(str, rates))}"]
         swept.append(f"name={artifact_name(target, rows, method, '${seed}', '${optim.lr}')}")
         run(definition.module, ["-m", *words, *self._words(target, rows), *swept, *self._folders("${name}")])

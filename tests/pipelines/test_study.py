@@ -15,6 +15,7 @@ from scipy import stats
 from fusion.data.rows import Rows
 from fusion.errors import UserError
 from fusion.locks import LOCKS, lock
+from fusion.store.lookup import names
 from pipelines.study import trainings
 from pipelines.study.__main__ import main
 from pipelines.study.config import METHODS, SELECTED, SELECTED_FROM, StudyConfig
@@ -23,7 +24,7 @@ from pipelines.study.table import comparisons, paired_test, report, scores_of
 from pipelines.study.trainings import Study
 
 Results = dict[Cell, dict[str, Any]]
-SCORES = {"head": 0.6, "adapter": 0.7, "fusion": 0.8}
+SCORES = {"head": 0.6, "adapter": 0.7, "fusion": 0.8, "lora": 0.7, "lora_flow": 0.8}
 
 
 @pytest.fixture
@@ -55,8 +56,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         calls.append((module, list(words)))
         given = values(list(words))
         if "hydra.sweep.dir" not in given:
-            (Path(given["store"]) / given["+task"]).mkdir(parents=True)
-            (Path(given["store"]) / given["+task"] / "manifest.json").write_text("{}")
+            (Path(given["store"]) / given["name"]).mkdir(parents=True)
+            (Path(given["store"]) / given["name"] / "manifest.json").write_text("{}")
             return
         runs, store = Path(given["hydra.sweep.dir"]), Path(given["store"])
         if module == "fusion.evaluate":
@@ -132,6 +133,19 @@ def test_the_order_of_the_trainings(
         assert read_results(config) == {}  # the fusion has the adapter among its sources
     config.validation_rows += 1
     assert read_results(config) == {}
+
+
+def test_sources_that_are_loras(config: StudyConfig, trained: list[tuple[str, list[str]]]) -> None:
+    config.methods, config.targets, config.seeds = ["lora", "lora_flow"], ["sst2"], [1]
+    Study(config).run()
+    words = [words for module, words in trained if module != "fusion.evaluate"]
+    for source, given in zip(("cb", "snli"), words, strict=False):
+        assert {f"+task={source}", f"name={source}-lora", "method=lora", "optim.lr=2e-3"} <= set(given)
+    assert len(words) == 2 + 2 and "sources=[snli-lora,cb-lora]" in words[-1] and "composition=lora_flow" in words[-1]
+    assert {name for name in names(config.store) if not name.startswith("sst2")} == {"cb-lora", "snli-lora"}
+    before = config.fingerprint("lora_flow"), config.fingerprint("fusion")
+    config.lora_overrides.append("method.rank=4")
+    assert (config.fingerprint("lora_flow") != before[0], config.fingerprint("fusion")) == (True, before[1])
 
 
 def test_folds_are_trained_before_a_cross_fitted_fusion(
