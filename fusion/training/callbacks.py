@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import statistics
 import time
@@ -26,6 +27,7 @@ from fusion.training.predictions import RowPredictions
 
 log = logging.getLogger(__name__)
 
+_TIMED = 10  # batches after which the time of a training is estimated
 POWERCAP = Path("/sys/class/powercap")
 
 # Messages of allocators that raise a plain RuntimeError: torch on a CPU (Linux, Windows), CUDA libraries, oneDNN.
@@ -248,8 +250,18 @@ class Speed(Callback):
         if torch.cuda.is_available():  # kernels run asynchronously
             torch.cuda.synchronize()
         self._steps.append(time.monotonic() - self._step_started)
+        if len(self._steps) == _TIMED and trainer.is_global_zero:
+            self._log_expected(trainer)
         self._examples += batch.rows.numel()
         self._tokens += batch.input_ids.numel()
+
+    def _log_expected(self, trainer: Trainer) -> None:
+        """Log the expected time of a longer training, without evaluations, from the first batches."""
+        each, per_epoch = statistics.median(self._steps), float(trainer.num_training_batches)
+        done = trainer.current_epoch * per_epoch + internals.batches_done(trainer)
+        minutes = each * ((trainer.max_epochs or 0) * per_epoch - done) / 60
+        if 1 <= minutes < math.inf:
+            log.info("about %d min to the last epoch (%.2f s per batch), without evaluations", round(minutes), each)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint |= {"seen": [self._examples, self._tokens], "spent": list(self._elapsed())}

@@ -129,6 +129,8 @@ def fit(spec: FitSpec) -> Fit:
         cast(EpochBatches, batches.sampler).resume(epoch, batch)
         done = epoch >= (trainer.max_epochs or 1)
         log.info("resuming %s", "after the last epoch" if done else f"at epoch {epoch + 1}, batch {batch + 1}")
+    if (trained := model.trainable()) and trainer.is_global_zero:
+        log.info("%s trainable parameters", f"{sum(parameter.numel() for parameter in trained.values()):,}")
     return_freed_memory()  # the peak is measured from now on
     speed.start(device)
     if model.trainable() and not settings.shards:

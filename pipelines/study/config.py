@@ -94,7 +94,7 @@ METHODS: dict[str, StudyMethod] = {
     ),
     "lora_arrow": StudyMethod("Arrow", STAGE2, "composition=arrow sources=[{loras}]", (2e-3, 5e-3, 2e-2)),
 }
-ADAPTERS_ONLY = tuple(name for name in METHODS if "lora" not in name)
+LORA_METHODS = ("lora", "lora_fusion", "lora_flow", "lora_cat", "lora_scalearn", "lora_arrow")
 LORA = "-lora"  # ends the names of source LoRAs
 
 
@@ -107,7 +107,7 @@ class StudyConfig(Settings):
     rows: list[int] = distinct([100, 1000])
     seeds: list[int] = distinct([1, 2, 3, 4, 5])
     methods: list[str] = checked(
-        list(ADAPTERS_ONLY),
+        [name for name in METHODS if name not in LORA_METHODS],
         lambda ids: 0 < len(ids) == len(set(ids)) and set(ids) <= METHODS.keys(),
         f"some of {', '.join(METHODS)}",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from fusion.config.data import LimitConfig
 from fusion.config.training import OptimConfig, TrainerConfig
+from fusion.training import callbacks
 from fusion.training.callbacks import Best, best_epoch
 from fusion.training.fit import planned_epochs
 from tests.bench import Bench
@@ -102,3 +105,18 @@ def test_few_examples_are_trained_for_the_minimum_number_of_steps(
     exact = TrainerConfig(accelerator="cpu", enable_progress_bar=False, max_epochs=3)
     again = bench.stage1("films", name="exact", optim=OptimConfig(min_steps=30), **settings | {"trainer": exact})
     assert again["epochs"] == 3
+
+
+def test_the_expected_time_of_a_longer_training_is_logged(
+    bench: Bench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    trainer = TrainerConfig(accelerator="cpu", enable_progress_bar=False, max_epochs=5)
+    bench.stage1("films", name="short", trainer=trainer)
+    assert "min to the last epoch" not in caplog.text
+    assert re.search(r"^\d[\d,]* trainable parameters$", "\n".join(caplog.messages), re.MULTILINE)
+    monkeypatch.setattr(callbacks.statistics, "median", lambda steps: 30.0)
+    bench.stage1("films", name="long", trainer=trainer)
+    batches = math.ceil(len(list((bench.folder / "data" / "films" / "train.jsonl").open())) / bench.data.batch_size)
+    minutes = round(30 * (5 * batches - 10) / 60)
+    assert f"about {minutes} min to the last epoch (30.00 s per batch), without evaluations" in caplog.text
